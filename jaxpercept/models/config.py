@@ -1,0 +1,311 @@
+"""Typed configs of the three networks, read from a checkpoint's config.json.
+
+Each class lists the keys it understands as fields, the keys whose only supported value is fixed in
+`FIXED`, and the keys without effect here in `INERT`. Anything else in the file is an error that
+names the key: a silently ignored key is a silently wrong network. Defaults are those of
+diffusers 0.42 and transformers 5, which old files rely on when they lack a key.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from jaxpercept.errors import UserError
+
+# Initialisation, dropout (only ever 0 in published towers) and transformers' generic keys, which
+# old files list in full; none changes what a text tower computes.
+_TRANSFORMERS_KEYS = """
+architectures attention_dropout dropout dtype torch_dtype transformers_version
+initializer_factor initializer_range add_cross_attention bad_words_ids begin_suppress_tokens
+chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder
+label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+num_return_sequences output_attentions output_hidden_states output_scores prefix problem_type
+pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16 use_cache
+gradient_checkpointing
+"""
+
+
+def _freeze(value: Any) -> Any:
+    """JSON lists become tuples, so that configs are hashable."""
+    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _thaw(value: Any) -> Any:
+    return [_thaw(v) for v in value] if isinstance(value, tuple) else value
+
+
+class _JsonConfig:
+    """from_dict and to_dict of the frozen config dataclasses below."""
+
+    CLASS_NAME: ClassVar[str]
+    FIXED: ClassVar[dict[str, tuple]]  # key -> the values supported
+    INERT: ClassVar[frozenset[str]]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Reads a config.json's content.
+
+        Keys starting with "_" and keys without effect on this implementation are accepted.
+
+        Raises UserError naming the first key that is unknown or has an unsupported value.
+        """
+        fields = {f.name for f in dataclasses.fields(cls)}
+        known = {}
+        for key, value in config.items():
+            value = _freeze(value)
+            if key in fields:
+                known[key] = value
+            elif key in cls.FIXED:
+                # A per-level list is as good as its one value.
+                values = value if isinstance(value, tuple) and value else (value,)
+                for v in values:
+                    if v not in cls.FIXED[key]:
+                        raise cls._error(key, value, " or ".join(map(repr, cls.FIXED[key])))
+            elif not key.startswith("_") and key not in cls.INERT:
+                raise UserError(
+                    f"{cls.CLASS_NAME} config: key {key!r} is not supported; remove it if it has "
+                    "no effect on the network, or use a checkpoint of a supported architecture."
+                )
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise UserError(
+                f"{cls.CLASS_NAME} config: a value has the wrong type ({error})."
+            ) from None
+
+    @classmethod
+    def _error(cls, key: str, value: Any, supported: str) -> UserError:
+        return UserError(
+            f"{cls.CLASS_NAME} config: {key}={_thaw(value)!r} is not supported; "
+            f"supported: {supported}."
+        )
+
+    def _require(self, key: str, supported: str, ok: bool) -> None:
+        if not ok:
+            raise self._error(key, getattr(self, key), supported)
+
+    def _require_integer(self, *keys: str) -> None:
+        for key in keys:
+            value = getattr(self, key)
+            ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            self._require(key, "a positive integer", ok)
+
+    def _require_widths(self, key: str = "block_out_channels") -> None:
+        """Widths: one positive integer a level, each divisible by the norm groups."""
+        widths, groups = getattr(self, key), self.norm_num_groups
+        ok = isinstance(widths, tuple) and len(widths) > 0
+        ok = ok and all(isinstance(w, int) and w > 0 and w % groups == 0 for w in widths)
+        self._require(key, f"one positive multiple of norm_num_groups={groups} a level", ok)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a valid config.json, `_class_name` first."""
+        fields = {f.name: _thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"_class_name": self.CLASS_NAME, **fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(_JsonConfig):
+    """UNet2DConditionModel of SD 1.x, 2.x and their children (recipes.md 1.1, 1.8).
+
+    `attention_head_dim` is, by diffusers' historic naming, the NUMBER of heads, one for all levels
+    or one a level; `num_attention_heads`, where given, is the same thing and wins.
+    """
+
+    sample_size: int | tuple[int, ...] | None = None  # latent pixels of the training images; inert
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    class_embed_type: str | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    upcast_attention: bool = False  # softmax runs in float32 either way
+
+    CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
+    FIXED: ClassVar[dict[str, tuple]] = {
+        "center_input_sample": (False,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "only_cross_attention": (False,),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        "dropout": (0,),
+        "act_fn": ("silu", "swish"),
+        "reverse_transformer_layers_per_block": (None,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "dual_cross_attention": (False,),
+        "addition_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "time_cond_proj_dim": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
+        "mid_block_only_cross_attention": (None, False),
+        "cross_attention_norm": (None,),
+    }
+    # Sizes of embeddings that FIXED keeps absent.
+    INERT: ClassVar[frozenset[str]] = frozenset(
+        {"addition_time_embed_dim", "addition_embed_type_num_heads"}
+    )
+
+    def __post_init__(self):
+        self._require_integer("in_channels", "out_channels", "norm_num_groups")
+        self._require_widths()
+        levels = len(self.block_out_channels)
+        for key, kinds in (
+            ("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D")),
+            ("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D")),
+        ):
+            types = getattr(self, key)
+            ok = isinstance(types, tuple) and len(types) == levels and set(types) <= set(kinds)
+            self._require(key, f"{levels} of {' and '.join(kinds)} (one a level)", ok)
+        for key in (
+            "layers_per_block",
+            "cross_attention_dim",
+            "transformer_layers_per_block",
+            "attention_head_dim",
+            "num_attention_heads",
+        ):
+            value = getattr(self, key)
+            values = value if isinstance(value, tuple) else (value,) * levels
+            ok = len(values) == levels and all(isinstance(v, int) and v > 0 for v in values)
+            ok = ok or (key == "num_attention_heads" and value is None)
+            self._require(key, f"a positive integer or {levels} of them", ok)
+        for width, heads in zip(self.block_out_channels, self.per_level("heads"), strict=True):
+            key = (
+                "attention_head_dim" if self.num_attention_heads is None else "num_attention_heads"
+            )
+            self._require(key, f"numbers of heads that divide {width}", width % heads == 0)
+        self._require(
+            "class_embed_type",
+            "None or 'projection'",
+            self.class_embed_type in (None, "projection"),
+        )
+        if self.class_embed_type == "projection":
+            self._require_integer("projection_class_embeddings_input_dim")
+
+    def per_level(self, key: str) -> tuple[int, ...]:
+        """A setting that may be one number or one a level, spread over the levels; "heads" is the
+        number of attention heads."""
+        if key == "heads":
+            value = self.num_attention_heads or self.attention_head_dim
+        else:
+            value = getattr(self, key)
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig(_JsonConfig):
+    """AutoencoderKL (recipes.md 1.1)."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, ...] = 32  # inert
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    force_upcast: bool = True  # inert: the compute dtype is the caller's choice
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    CLASS_NAME: ClassVar[str] = "AutoencoderKL"
+    FIXED: ClassVar[dict[str, tuple]] = {
+        "act_fn": ("silu", "swish"),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    }
+    INERT: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self):
+        self._require_integer(
+            "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"
+        )
+        self._require_widths()
+        levels = len(self.block_out_channels)
+        for key, kind in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            self._require(key, f"{levels} times {kind!r}", getattr(self, key) == (kind,) * levels)
+        self._require("shift_factor", "None or 0", self.shift_factor in (None, 0))
+        ok = isinstance(self.scaling_factor, int | float) and self.scaling_factor > 0
+        self._require("scaling_factor", "a positive number", ok)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel along an axis: 8 for four levels."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(_JsonConfig):
+    """CLIPTextModel: OpenAI's (quick_gelu, SD 1.x) and OpenCLIP's (gelu, SD 2.x) text towers."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    # Kept only to write the file back as it was.
+    projection_dim: int | None = 512
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 49406
+    eos_token_id: int | tuple[int, ...] | None = 49407
+
+    CLASS_NAME: ClassVar[str] = "CLIPTextModel"
+    FIXED: ClassVar[dict[str, tuple]] = {"model_type": ("clip_text_model",)}
+    INERT: ClassVar[frozenset[str]] = frozenset(_TRANSFORMERS_KEYS.split())
+
+    def __post_init__(self):
+        self._require_integer(
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        )
+        self._require(
+            "num_attention_heads",
+            f"a divisor of hidden_size={self.hidden_size}",
+            self.hidden_size % self.num_attention_heads == 0,
+        )
+        activations = ("quick_gelu", "gelu")
+        self._require("hidden_act", " or ".join(activations), self.hidden_act in activations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a valid transformers config.json."""
+        config = super().to_dict()
+        del config["_class_name"]
+        return {"architectures": [self.CLASS_NAME], "model_type": "clip_text_model", **config}

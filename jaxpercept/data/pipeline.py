@@ -1,0 +1,431 @@
+"""Grain pipelines: a mixture of datasets in, deterministic batches out.
+
+A training batch is a pure function of (seed, position in the global example stream):
+
+    per dataset: indices -> shuffle (seed) -> repeat
+    mix by weight -> position in the stream -> slice [process_index::process_count]
+    -> decode, augment with a generator seeded by (seed, position) -> batch -> worker processes
+
+Files are decoded after the slice, so a process reads only its share. The shuffle comes before it,
+so the union of all processes is the stream of a single one. Batches are formed by position, before
+the work is dealt to worker processes, so that 0 and N workers, 1 and N hosts, and a run that was
+interrupted all see the same examples with the same augmentation. The iterator's state is one
+number, the position of the next example; it can be restored with other numbers of workers and
+hosts.
+
+A record that cannot be used (damaged file, empty mask) is replaced by the next usable record of its
+dataset, which keeps batches full and their order fixed on every host.
+"""
+
+import collections
+import dataclasses
+import functools
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int32
+
+from jaxpercept.data.datasets import DATASETS, EmptyMaskError, Record, Records, open_dataset
+from jaxpercept.data.readers import UnreadableFileError
+from jaxpercept.data.transforms import Augment, prepare
+from jaxpercept.errors import UserError
+
+Batch = dict[str, np.ndarray]
+Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "n l"]]
+
+DEPTH_FIELDS = ("rgb", "depth", "valid", "depth_range", "index")
+TEXT_FIELDS = ("rgb", "input_ids", "index")
+
+# So many unusable records in a row mean that the dataset, not a file, is at fault.
+_MAX_SKIPS = 100
+
+_log = logging.getLogger(__name__)
+
+
+def make_train_dataset(
+    mixture: Sequence[tuple[str, float, Mapping[str, Any]]],
+    *,
+    resolution: tuple[int, int],
+    batch_size: int,
+    seed: int,
+    augment: Augment | Mapping[str, Any] | None = None,
+    fields: Sequence[str] = DEPTH_FIELDS,
+    tokenize: Tokenize | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+) -> "TrainDataset":
+    """Builds the endless training dataset of this process.
+
+    Args:
+      mixture: (dataset name, weight, options of `open_dataset`) per dataset; weights are relative.
+      resolution: (height, width) of every example.
+      batch_size: examples per step over all processes; each process yields its share.
+      seed: determines order, mixture and augmentation.
+      augment: an `Augment` or its fields; None for the papers' recipe (a flip).
+      fields: what a batch holds: any of `rgb` uint8 [b, H, W, 3], `depth` float32 [b, H, W, 1] in
+        metres, `valid` bool [b, H, W, 1], `depth_range` float32 [b, 2], `index` int32 [b] (position
+        in the global stream), `input_ids` int32 [b, l].
+      tokenize: captions -> int32 [n, l]; picklable; runs in the workers.
+      process_index, process_count: the share of this process.
+      num_workers: processes that decode; 0 decodes in a thread of this process.
+
+    Returns:
+      A Grain IterDataset; its iterator has `get_state`, `set_state` and `skipped`.
+
+    Raises:
+      UserError: an unknown dataset, option or field, missing files, a dataset that lacks what
+        `fields` ask for, or sizes that are not positive or do not divide.
+    """
+    resolution = _positive_pair(resolution)
+    if not mixture:
+        raise UserError("The mixture names no dataset; give at least one.")
+    if batch_size <= 0 or batch_size % process_count:
+        raise UserError(
+            f"batch_size must be a positive multiple of the {process_count} processes, "
+            f"got {batch_size}."
+        )
+    if not isinstance(augment, Augment):
+        augment = Augment.from_dict(augment or {})
+    needs = _needs(fields)
+    if "caption" in needs and tokenize is None:
+        raise UserError("The field input_ids needs a tokenizer; give `tokenize`.")
+    records = []
+    for name, weight, options in mixture:
+        if not weight > 0:
+            raise UserError(f"The weight of dataset {name} must be positive, got {weight}.")
+        records.append(open_dataset(name, **({"resolution": resolution} | dict(options))))
+        for need in sorted(needs - records[-1].dataset.provides):
+            raise UserError(f"Dataset {name} has no {need}; leave it out of this mixture.")
+        if len(records[-1]) == 0:
+            raise UserError(f"Dataset {name} is empty; leave it out or make it larger.")
+    stream = _mixed_stream([len(r) for r in records], [w for _, w, _ in mixture], seed)
+    load = _LoadExample(tuple(records), augment, resolution, seed, needs_depth="depth" in needs)
+    batches = (
+        stream[process_index::process_count]
+        .map(load)
+        .batch(batch_size // process_count, batch_fn=_Collate(tuple(fields), tokenize))
+    )
+    return TrainDataset(batches, batch_size=batch_size, num_workers=num_workers)
+
+
+class TrainDataset(grain.IterDataset):
+    """Endless batches of this process's share; see `make_train_dataset`."""
+
+    def __init__(self, batches: grain.MapDataset, *, batch_size: int, num_workers: int):
+        super().__init__()
+        self.batches, self.batch_size, self.num_workers = batches, batch_size, num_workers
+
+    def __iter__(self) -> "TrainIterator":
+        return TrainIterator(self)
+
+    def __str__(self) -> str:
+        return f"TrainDataset(batch_size={self.batch_size}, num_workers={self.num_workers})"
+
+
+class TrainIterator(grain.DatasetIterator):
+    """Iterator whose state is the position of the next example in the global stream.
+
+    Attributes:
+      skipped: name -> how often a record was replaced because it cannot be used; each is named
+        once in the log.
+    """
+
+    def __init__(self, dataset: TrainDataset):
+        super().__init__()
+        self._dataset = dataset
+        self._next_batch = 0
+        self._batches: grain.DatasetIterator | None = None
+        self.skipped: collections.Counter[str] = collections.Counter()
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        self.start_prefetch()
+        batch = next(self._batches)
+        self._next_batch += 1
+        for name, reason in zip(*batch.pop("skipped"), strict=True):
+            if name not in self.skipped:
+                _log.warning("Skipping %s in training: %s", name, reason)
+            self.skipped[name] += 1
+        return batch
+
+    def start_prefetch(self) -> None:
+        """Starts decoding (and the worker processes) before the first batch is asked for."""
+        if self._batches is None:
+            self._batches = iter(
+                _prefetched(self._dataset.batches[self._next_batch :], self._dataset.num_workers)
+            )
+            self._batches.start_prefetch()
+
+    def get_state(self) -> dict[str, int]:
+        """{"next_example": position in the global stream}; the same on every process."""
+        return {"next_example": self._next_batch * self._dataset.batch_size}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues at a saved position, whatever number of workers and processes saved it.
+
+        Raises:
+          UserError: the position does not lie between two batches of this batch size.
+        """
+        batch, remainder = divmod(state["next_example"], self._dataset.batch_size)
+        if remainder:
+            raise UserError(
+                f"The data stopped at example {state['next_example']}, which batch_size "
+                f"{self._dataset.batch_size} does not divide; resume with the old batch_size."
+            )
+        self._release()
+        self._next_batch = batch
+
+    def close(self) -> None:
+        """Stops threads and worker processes."""
+        self._release()
+        super().close()
+
+    def _release(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def __str__(self) -> str:
+        return f"TrainIterator(next_example={self.get_state()['next_example']})"
+
+
+def make_eval_dataset(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    resolution: tuple[int, int] = (480, 640),
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+    **options: Any,
+) -> "EvalDataset":
+    """Opens a dataset for evaluation: every record once, in order, at its own resolution.
+
+    Records are those of `datasets.Records` with `valid` restricted to the dataset's evaluation
+    crop, plus `index` (int, position in the dataset) and `padding` (bool). Process p of n gets the
+    records p, p + n, ...; so that all yield equally many, the last round is filled up with copies
+    of the last record that have `padding` set and must not be counted.
+
+    Args:
+      name: key of `datasets.DATASETS`.
+      data_dir: folder of the files.
+      split: None for the row's evaluation split.
+      limit: only so many records, from the start.
+      resolution: (height, width) of procedural scenes.
+      process_index, process_count: the share of this process.
+      num_workers: processes that decode; 0 decodes in a thread of this process.
+      options: see `open_dataset`.
+
+    Raises:
+      UserError: as `open_dataset`; while iterating, also for a damaged file or an empty mask.
+    """
+    records = open_dataset(
+        name,
+        split=split,
+        data_dir=data_dir,
+        resolution=_positive_pair(resolution),
+        evaluation=True,
+        **options,
+    )
+    if limit is not None and limit <= 0:
+        raise UserError(f"limit must be positive, got {limit}.")
+    total = len(records) if limit is None else min(limit, len(records))
+    padded = -(-total // process_count) * process_count
+    load = _LoadForEvaluation(records, total)
+    share = grain.MapDataset.range(padded)[process_index::process_count].map(load)
+    return EvalDataset(share, records, num_workers=num_workers)
+
+
+class EvalDataset(grain.IterDataset):
+    """The records of this process, with a length; see `make_eval_dataset`.
+
+    Attributes:
+      dataset: the row of the table, overrides applied (valid range, crops, alignment).
+    """
+
+    def __init__(self, share: grain.MapDataset, records: Records, *, num_workers: int):
+        super().__init__()
+        self._share, self._num_workers = share, num_workers
+        self.dataset = records.dataset
+
+    def __len__(self) -> int:
+        return len(self._share)
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return iter(_prefetched(self._share, self._num_workers, buffer_size=4))
+
+    def __str__(self) -> str:
+        return f"EvalDataset({self.dataset.name}, {len(self)} records)"
+
+
+# ---- the stages ----------------------------------------------------------------------------------
+
+
+def _mixed_stream(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Endless MapDataset of (position, dataset, index), shuffled anew in every epoch."""
+    seeds = np.random.SeedSequence(seed).generate_state(len(lengths))
+    parts = [
+        grain.MapDataset.range(length)
+        .shuffle(seed=int(shuffle_seed))
+        .map(functools.partial(_tagged, number))
+        .repeat()
+        for number, (length, shuffle_seed) in enumerate(zip(lengths, seeds, strict=True))
+    ]
+    mixed = grain.MapDataset.mix(parts, weights=list(weights)) if len(parts) > 1 else parts[0]
+    return mixed.map_with_index(_positioned)
+
+
+def _tagged(dataset: int, index: int) -> tuple[int, int]:
+    return dataset, index
+
+
+def _positioned(position: int, tagged: tuple[int, int]) -> tuple[int, int, int]:
+    return position, *tagged
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadExample:
+    """(position, dataset, index) -> augmented example; runs in the workers."""
+
+    records: tuple[Records, ...]
+    augment: Augment
+    resolution: tuple[int, int]
+    seed: int
+    needs_depth: bool
+
+    def __call__(self, element: tuple[int, int, int]) -> Record:
+        position, dataset, index = element
+        records = self.records[dataset]
+        skipped: list[tuple[str, str]] = []
+        for attempt in range(min(_MAX_SKIPS, len(records))):
+            candidate = (index + attempt) % len(records)
+            try:
+                example = self._example(records[candidate], position)
+            except (UnreadableFileError, EmptyMaskError) as error:
+                skipped.append((_name(records, candidate), str(error)))
+                continue
+            # int32 is enough for two billion examples; beyond, only the noise would repeat.
+            index32 = np.int32(position & 0x7FFFFFFF)
+            return example | {"index": index32, "skipped": tuple(skipped)}
+        raise UserError(
+            f"None of {len(skipped)} records in a row of dataset {records.dataset.name} can be "
+            f"used, the last because: {skipped[-1][1]}"
+        )
+
+    def _example(self, record: Record, position: int) -> Record:
+        # Keyed by the position in the global stream, not by the one in this process's share (which
+        # Grain's random_map would use), so that the number of processes does not matter.
+        rng = np.random.default_rng([self.seed, position])
+        example = prepare(record, rng, self.augment, self.resolution)
+        if self.needs_depth and not example["valid"].any():
+            raise EmptyMaskError(f"No valid pixel of {record['name']} is left after cropping.")
+        return example
+
+
+@dataclasses.dataclass(frozen=True)
+class _Collate:
+    """Examples -> batch of the wanted fields; `skipped` travels along to the iterator."""
+
+    fields: tuple[str, ...]
+    tokenize: Tokenize | None
+
+    def __call__(self, examples: Sequence[Record]) -> dict[str, Any]:
+        batch: dict[str, Any] = {
+            field: np.stack([example[field] for example in examples])
+            for field in self.fields
+            if field != "input_ids"
+        }
+        if "input_ids" in self.fields:
+            captions = [example["caption"] for example in examples]
+            batch["input_ids"] = np.asarray(self.tokenize(captions), np.int32)
+        skipped = [pair for example in examples for pair in example["skipped"]]
+        batch["skipped"] = [name for name, _ in skipped], [reason for _, reason in skipped]
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadForEvaluation:
+    """Position -> record; positions beyond the last record repeat it as padding."""
+
+    records: Records
+    total: int
+
+    def __call__(self, position: int) -> Record:
+        index = min(position, self.total - 1)
+        return self.records[index] | {"index": index, "padding": position >= self.total}
+
+
+def _prefetched(
+    data: grain.MapDataset, num_workers: int, *, buffer_size: int = 2
+) -> grain.IterDataset:
+    """Decodes ahead: in one thread of this process, or in `num_workers` processes."""
+    if num_workers == 0:
+        return data.to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer_size)
+        )
+    # Worker processes start only where absl has parsed its flags, which notebooks and plain
+    # scripts never do; the flags keep their defaults.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    # The queue to this process already decouples the two: no threads inside a worker.
+    return data.to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    ).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=buffer_size)
+    )
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+# What a dataset must provide for a field of the batch.
+_NEEDS = {
+    "rgb": None,
+    "index": None,
+    "depth": "depth",
+    "valid": "depth",
+    "depth_range": "depth",
+    "input_ids": "caption",
+}
+
+
+def _needs(fields: Sequence[str]) -> set[str]:
+    for field in fields:
+        if field not in _NEEDS:
+            raise UserError(f"Unknown batch field {field!r}; known are {', '.join(_NEEDS)}.")
+    return {need for field in fields if (need := _NEEDS[field]) is not None}
+
+
+def _positive_pair(resolution: Sequence[int]) -> tuple[int, int]:
+    try:
+        height, width = (operator.index(side) for side in resolution)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"resolution must be (height, width), got {resolution!r}.") from error
+    if height <= 0 or width <= 0:
+        raise UserError(f"resolution must be positive, got {height} x {width}.")
+    return height, width
+
+
+def _name(records: Records, index: int) -> str:
+    names = getattr(records.source, "names", None) or getattr(records.source, "members", None)
+    return names[index] if names else f"{records.dataset.name}[{index}]"
+
+
+__all__ = [
+    "DATASETS",
+    "DEPTH_FIELDS",
+    "TEXT_FIELDS",
+    "EvalDataset",
+    "TrainDataset",
+    "TrainIterator",
+    "make_eval_dataset",
+    "make_train_dataset",
+]

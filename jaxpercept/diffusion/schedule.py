@@ -331,8 +331,11 @@ def _rescale_zero_terminal_snr(betas: Float[np.ndarray, "t"]) -> Float[np.ndarra
         raise UserError("rescale_betas_zero_snr needs a schedule whose noise level changes.")
     scale = signal[0] / (signal[0] - signal[-1])
     alphas_cumprod = ((signal - signal[-1]) * scale) ** 2
-    alphas = np.concatenate([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
-    return np.float32(1) - alphas
+    betas = np.ones_like(betas)  # Where ᾱ has underflowed to 0 already.
+    betas[0] = 1 - alphas_cumprod[0]
+    before, after = alphas_cumprod[:-1], alphas_cumprod[1:]
+    betas[1:][before > 0] = np.float32(1) - after[before > 0] / before[before > 0]
+    return betas
 
 
 def _divide(numerator: Array, denominator: Array) -> Array:

@@ -382,7 +382,7 @@ def open_dataset(
     # A list file of one's own needs no known split; TFDS splits may be slices.
     if split not in row.splits and name != "tfds" and "list_file" not in options:
         raise UserError(f"Dataset {name} has no split {split!r}, only {', '.join(row.splits)}.")
-    changes = {k: options.pop(k) for k in _OVERRIDES if k in options}
+    changes = {k: _override(k, options.pop(k)) for k in _OVERRIDES if k in options}
     accepted = set(inspect.signature(row.open_source).parameters) - _FIXED_BY_ROW
     for option in sorted(options.keys() - accepted):
         raise UserError(
@@ -394,6 +394,15 @@ def open_dataset(
     if row.depth_scale is None:
         row = dataclasses.replace(row, depth_scale=_scale_of_format(source))
     return Records(row, source, evaluation=evaluation)
+
+
+def _override(key: str, value: Any) -> Any:
+    if value is None or key in ("crop", "eval_crop"):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key} must be a number, got {value!r}.") from error
 
 
 def _checked(row: Dataset) -> Dataset:

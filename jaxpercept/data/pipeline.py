@@ -45,13 +45,16 @@ TEXT_FIELDS = ("rgb", "input_ids", "index")
 # So many unusable records in a row mean that the dataset, not a file, is at fault.
 _MAX_SKIPS = 100
 
+# "Endless". Grain computes lengths in float64, which is exact up to 2**53 only.
+_STREAM_LENGTH = 2**48
+
 _log = logging.getLogger(__name__)
 
 
 def make_train_dataset(
-    mixture: Sequence[tuple[str, float, Mapping[str, Any]]],
+    mixture: Sequence[Sequence[Any]],
     *,
-    resolution: tuple[int, int],
+    resolution: Sequence[int],
     batch_size: int,
     seed: int,
     augment: Augment | Mapping[str, Any] | None = None,
@@ -110,7 +113,11 @@ def make_train_dataset(
     batches = (
         stream[process_index::process_count]
         .map(load)
-        .batch(batch_size // process_count, batch_fn=_Collate(tuple(fields), tokenize))
+        .batch(
+            batch_size // process_count,
+            drop_remainder=True,
+            batch_fn=_Collate(tuple(fields), tokenize),
+        )
     )
     return TrainDataset(batches, batch_size=batch_size, num_workers=num_workers)
 
@@ -202,7 +209,7 @@ def make_eval_dataset(
     data_dir: str | Path | None = None,
     split: str | None = None,
     limit: int | None = None,
-    resolution: tuple[int, int] = (480, 640),
+    resolution: Sequence[int] = (480, 640),
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
@@ -270,7 +277,7 @@ class EvalDataset(grain.IterDataset):
 # ---- the stages ----------------------------------------------------------------------------------
 
 
-def _mixed_stream(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+def _mixed_stream(lengths: Sequence[int], weights: Sequence[Any], seed: int) -> grain.MapDataset:
     """Endless MapDataset of (position, dataset, index), shuffled anew in every epoch."""
     seeds = np.random.SeedSequence(seed).generate_state(len(lengths))
     parts = [
@@ -280,8 +287,12 @@ def _mixed_stream(lengths: Sequence[int], weights: Sequence[float], seed: int) -
         .repeat()
         for number, (length, shuffle_seed) in enumerate(zip(lengths, seeds, strict=True))
     ]
-    mixed = grain.MapDataset.mix(parts, weights=list(weights)) if len(parts) > 1 else parts[0]
-    return mixed.map_with_index(_positioned)
+    mixed = (
+        grain.MapDataset.mix(parts, weights=[float(w) for w in weights])
+        if len(parts) > 1
+        else parts[0]
+    )
+    return mixed.map_with_index(_positioned)[:_STREAM_LENGTH]
 
 
 def _tagged(dataset: int, index: int) -> tuple[int, int]:
@@ -404,7 +415,7 @@ def _needs(fields: Sequence[str]) -> set[str]:
     return {need for field in fields if (need := _NEEDS[field]) is not None}
 
 
-def _positive_pair(resolution: Sequence[int]) -> tuple[int, int]:
+def _positive_pair(resolution: Any) -> tuple[int, int]:
     try:
         height, width = (operator.index(side) for side in resolution)
     except (TypeError, ValueError) as error:

@@ -66,7 +66,6 @@ class Augment:
     rgb_resize: str = "antialias"
 
     def __post_init__(self):
-        object.__setattr__(self, "scale", tuple(self.scale))
         for field, ok, rule in (
             ("flip", 0 <= self.flip <= 1, "a probability"),
             ("photometric", 0 <= self.photometric <= 1, "a probability"),
@@ -92,7 +91,16 @@ class Augment:
         known = {field.name for field in dataclasses.fields(cls)}
         for key in sorted(set(config) - known):
             raise UserError(f"Unknown key augment.{key}; known are {', '.join(sorted(known))}.")
-        return cls(**config)
+        values = dict(config)
+        for key, value in values.items():
+            try:
+                if key == "scale":
+                    values[key] = tuple(float(bound) for bound in value)
+                elif key not in ("fit", "rgb_resize"):
+                    values[key] = float(value)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"augment.{key} must be a number, got {value!r}.") from error
+        return cls(**values)
 
 
 # No augmentation at all: the largest centred crop of the target's aspect, resized.
@@ -134,7 +142,7 @@ def prepare(
 
 def flip_horizontal(record: Record) -> Record:
     """Mirrors every raster left-right; the x component of `normals` changes sign."""
-    flipped = _map_rasters(record, lambda _, x: np.ascontiguousarray(x[:, ::-1]))
+    flipped = _map_rasters(record, lambda _, x: x[:, ::-1])
     if "normals" in record:
         flipped["normals"] = flipped["normals"] * np.array([-1, 1, 1], np.float32)
     return flipped
@@ -178,7 +186,8 @@ def rotate(record: Record, degrees: float) -> Record:
     sine, cosine = abs(math.sin(math.radians(degrees))), abs(math.cos(math.radians(degrees)))
     aspect = columns / rows
     shrink = 1.0 / (cosine + sine * max(aspect, 1 / aspect))
-    height, width = _at_least_one(rows * shrink, rows), _at_least_one(columns * shrink, columns)
+    # Rounded down, since a corner pixel outside has no data.
+    height, width = max(1, int(rows * shrink)), max(1, int(columns * shrink))
 
     def turn(name: str, raster: np.ndarray) -> np.ndarray:
         filter_ = Image.Resampling.BILINEAR if name == "rgb" else Image.Resampling.NEAREST
@@ -270,7 +279,7 @@ def photometric(
     image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, augment: Augment
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Random colour, blur and noise. Geometry is untouched, so the target stays as it is."""
-    brightness, contrast, saturation, hue, gamma, blur = rng.uniform(-1, 1, 6)
+    brightness, contrast, saturation, hue, gamma, blur = rng.uniform(-1, 1, 6).tolist()
     blur = augment.blur * abs(blur)
     if blur > 0.1:
         image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(blur)))

@@ -1,0 +1,112 @@
+"""Methods: how a prediction comes out of the networks, and what its training minimises.
+
+A method is a frozen dataclass with `fields` (what it reads of a batch), `needs_text`, and
+`loss(params, batch, key) -> (loss, terms)`; a perception method also has `predict`. A new method
+is one file here and one entry in `build_method`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpercept.checkpoints.description import Description
+from jaxpercept.diffusion.schedule import NoiseSchedule
+from jaxpercept.diffusion.timesteps import TimestepPolicy
+from jaxpercept.errors import UserError
+from jaxpercept.methods.autoencoder import Autoencoder
+from jaxpercept.methods.denoising import TextToImage
+from jaxpercept.methods.latent_model import LatentModel
+from jaxpercept.methods.one_step import OneStep
+from jaxpercept.models.functional import functional
+from jaxpercept.tasks import get_task
+
+Method = OneStep | TextToImage | Autoencoder
+COMPONENTS = {
+    "one_step": ("unet", "vae"),
+    "text_to_image": ("unet", "vae", "text_encoder"),
+    "autoencoder": ("vae",),
+}
+"""The networks each method trains or runs with."""
+
+
+def build_method(
+    description: Description,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    attention: str = "auto",
+) -> Method:
+    """The method a description names, over its networks.
+
+    Args:
+        description: with a non-empty `method`.
+        dtype: compute dtype of the networks; losses and schedule stay in float32.
+        remat: "none" or "block", see `models.functional`.
+        attention: the attention implementation, see `models.attention`.
+
+    Raises:
+        UserError: an unknown method or option, or a component the method needs is missing.
+    """
+    options = dict(description.method)
+    name = options.pop("name", "")
+    if name not in COMPONENTS:
+        raise UserError(f"the method {name!r} is unknown: use one of {', '.join(COMPONENTS)}.")
+    missing = [part for part in COMPONENTS[name] if part not in description.components]
+    if missing:
+        raise UserError(
+            f"the method {name!r} needs {' and '.join(missing)}, which "
+            f"{description.base_checkpoint or 'the checkpoint'} does not hold: start from a "
+            "complete one."
+        )
+    networks = {
+        part: functional(
+            description.components[part], dtype=jnp.dtype(dtype), remat=remat, attention=attention
+        )
+        for part in COMPONENTS[name]
+    }
+    model = LatentModel(
+        unet=networks.get("unet"),
+        vae=networks["vae"],
+        text_encoder=networks.get("text_encoder"),
+        schedule=NoiseSchedule.from_config(description.scheduler),
+    )
+    try:
+        if name == "one_step":
+            _check_latents(model)
+            weights = options.pop("pixel_weights", {})
+            task = dataclasses.replace(
+                get_task(description.task),
+                vertical_gradient=options.pop("vertical_gradient", False),
+            )
+            return OneStep(
+                model=model,
+                task=task,
+                timesteps=TimestepPolicy.parse(options.pop("timesteps", "uniform")),
+                pixel_weights=tuple(sorted((k, w) for k, w in dict(weights).items() if w)),
+                **options,
+            )
+        if name == "text_to_image":
+            return TextToImage(
+                model=model,
+                timesteps=TimestepPolicy.parse(options.pop("timesteps", "uniform")),
+                empty_ids=tuple(options.pop("empty_ids")),
+                **options,
+            )
+        return Autoencoder(model=model, **options)
+    except TypeError as error:
+        raise UserError(f"config.method does not fit {name!r}: {error}.") from error
+
+
+def _check_latents(model: LatentModel) -> None:
+    unet, vae = model.unet.config, model.vae.config
+    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
+        raise UserError(
+            f"one_step feeds the UNet {vae.latent_channels} latent channels, this one takes "
+            f"{unet.in_channels} and gives {unet.out_channels}: start from a plain "
+            "text-to-image checkpoint."
+        )
+
+

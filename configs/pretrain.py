@@ -1,0 +1,107 @@
+"""The built-in checkpoint `sd-tiny`: a small text-to-image latent diffusion model, from scratch.
+
+Two stages and an export; docs/pretraining.md has the commands, the hardware, the time and the
+figures. `vae` trains the autoencoder, `unet` the UNet and the text encoder in its latent space, on
+the procedural scenes with their captions and on natural images (Tiny ImageNet, class names as
+captions). 5.8 M weights in all, 12 MB in float16.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpercept.config import base_config
+
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [16, 32, 64],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 128,
+    "scaling_factor": 1.0,
+}
+UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [48, 80, 128],
+    "layers_per_block": 1,
+    "attention_head_dim": [3, 5, 8],
+    "cross_attention_dim": 96,
+    "norm_num_groups": 16,
+    "use_linear_projection": True,
+    "sample_size": 32,
+}
+TEXT_ENCODER = {
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "hidden_act": "quick_gelu",
+    "max_position_embeddings": 24,
+    "vocab_size": 1024,
+}
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def get_config(preset: str = "unet") -> ConfigDict:
+    """The config of a stage, `vae` or `unet`."""
+    config = base_config()
+    config.checkpoint = ""
+    config.task = ""
+    config.resolution = (96, 128)
+    config.batch_size = 256
+    config.seed = 1
+    config.data.num_workers = 14
+    config.data.augment.update({"scale": (0.6, 1.0), "brightness": 0.1, "contrast": 0.1})
+    config.compute_dtype = "bfloat16"
+    config.ema_decay = 0.999
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 200
+    config.optimizer.decay_steps = config.get_ref("steps")
+    config.optimizer.clip_norm = 1.0
+    config.evaluation.dataset = ""
+    config.log_every = 100
+    return {"vae": _vae, "unet": _unet}[preset](config)
+
+
+def _vae(config: ConfigDict) -> ConfigDict:
+    config.method = {"name": "autoencoder", "gradient_weight": 1.0, "kl_weight": 1e-4}
+    config.architecture = {"vae": VAE}
+    config.scheduler = SCHEDULER
+    config.random_init = ("vae",)
+    config.trainable = ("vae/",)
+    config.steps = 3000
+    config.data.mixture = {"scenes": 0.5, "tiny_imagenet": 0.5}
+    config.optimizer.learning_rate = 2e-3
+    return config
+
+
+def _unet(config: ConfigDict) -> ConfigDict:
+    config.checkpoint = "runs/pretrain-vae"
+    config.method = {"name": "text_to_image", "caption_dropout": 0.1}
+    config.architecture = {"vae": VAE, "unet": UNET, "text_encoder": TEXT_ENCODER}
+    config.scheduler = SCHEDULER
+    config.tokenizer = "jaxpercept/assets/sd-tiny/tokenizer"
+    config.random_init = ("unet", "text_encoder")
+    config.trainable = ("unet/", "text_encoder/")
+    config.steps = 6000
+    config.data.mixture = {"scenes": 0.5, "tiny_imagenet": 0.5}
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.01
+    return config

@@ -1,0 +1,86 @@
+"""What a trained model is, in one JSON file beside its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxpercept.errors import UserError
+from jaxpercept.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+
+FILE_NAME = "jaxpercept.json"
+FORMAT = 1
+_CONFIG_CLASSES = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
+
+
+def architectures(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Architectures by component name, from the content of their config.json files.
+
+    Raises:
+        UserError: an unknown component, or a value that is not supported.
+    """
+    unknown = sorted(set(configs) - set(_CONFIG_CLASSES))
+    if unknown:
+        raise UserError(
+            f"the component {unknown[0]!r} is unknown: use {', '.join(_CONFIG_CLASSES)}."
+        )
+    return {name: _CONFIG_CLASSES[name].from_dict(config) for name, config in configs.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """Everything but the weights that is needed to run or continue a model.
+
+    Attributes:
+        components: the architecture of each network, by component name.
+        scheduler: the base checkpoint's scheduler_config.json.
+        method: the config's `method` section, `{"name": ..., options}`; empty for a bare
+            text-to-image checkpoint.
+        task: the task's name; empty for a bare text-to-image checkpoint.
+        resolution: (height, width) in pixels the model was trained at.
+        base_checkpoint: what the training started from.
+        config: the whole training config, for the record.
+    """
+
+    components: dict[str, Any]
+    scheduler: dict[str, Any]
+    method: dict[str, Any] = dataclasses.field(default_factory=dict)
+    task: str = ""
+    resolution: tuple[int, int] | None = None
+    base_checkpoint: str = ""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write `jaxpercept.json` into an existing folder."""
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        content["components"] = {name: c.to_dict() for name, c in self.components.items()}
+        temporary = folder / (FILE_NAME + ".partial")
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        temporary.replace(folder / FILE_NAME)
+
+    @classmethod
+    def load(cls, folder: Path) -> Description:
+        """Read `jaxpercept.json`.
+
+        Raises:
+            UserError: the file is broken, or newer than this version of jaxpercept.
+        """
+        path = folder / FILE_NAME
+        try:
+            content = json.loads(path.read_text())
+            version = content.pop("format")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): restore it or train anew."
+            ) from error
+        if version != FORMAT:
+            raise UserError(f"{path} has format {version}, this jaxpercept reads {FORMAT}: update.")
+        try:
+            content["components"] = architectures(content["components"])
+            if content["resolution"] is not None:
+                content["resolution"] = tuple(content["resolution"])
+            return cls(**content)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is incomplete ({error}): restore it or train anew.") from error

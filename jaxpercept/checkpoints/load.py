@@ -1,0 +1,102 @@
+"""One way to open any checkpoint: workdir, Orbax export, diffusers folder, hub id, built-in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxpercept.checkpoints import diffusers, orbax
+from jaxpercept.checkpoints.description import FILE_NAME, Description
+from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize
+from jaxpercept.errors import UserError
+from jaxpercept.models.functional import functional
+
+Params = orbax.Params
+EMBEDDED = "sd-tiny"
+FROZEN = "frozen"
+STEPS = "checkpoints"
+
+
+def resolve(source: str) -> str:
+    """The name of the embedded checkpoint becomes its folder; anything else stays as it is."""
+    if source == EMBEDDED and not Path(source).exists():
+        return str(resources.files("jaxpercept") / "assets" / EMBEDDED)
+    return source
+
+
+def load_model(
+    source: str, *, components: Sequence[str] = ("unet", "vae", "text_encoder")
+) -> tuple[Description, Params]:
+    """Open a checkpoint of any kind.
+
+    Args:
+        source: a training workdir, an Orbax export, a diffusers folder, a hub id or "sd-tiny".
+        components: the networks wanted of a diffusers checkpoint; a jaxpercept checkpoint gives
+            what it holds.
+
+    Returns:
+        The description and the weights as NumPy arrays. The component "prompt" holds the encoded
+        empty prompt where the checkpoint has a text encoder or was trained with one.
+
+    Raises:
+        UserError: nothing there, or not complete.
+    """
+    folder = Path(resolve(source))
+    if not (folder / FILE_NAME).is_file():
+        return _load_diffusers(str(folder), components)
+    description = Description.load(folder)
+    if (folder / orbax.WEIGHTS).is_dir():
+        return description, orbax.load_params(folder / orbax.WEIGHTS)
+    if (folder / "model_index.json").is_file():
+        _, params = _load_diffusers(str(folder), tuple(description.components))
+        return description, params
+    step = latest_step(folder)
+    if step is None:
+        raise UserError(
+            f"{folder} holds no finished checkpoint yet: let the training reach its first save."
+        )
+    params = orbax.load_params(folder / STEPS / str(step) / "params")
+    if (folder / FROZEN).is_dir():
+        for component, weights in orbax.load_params(folder / FROZEN).items():
+            params[component] = {**weights, **params.get(component, {})}
+    return description, params
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The newest complete checkpoint of a training workdir."""
+    steps = [
+        int(path.name)
+        for path in (workdir / STEPS).glob("*")
+        if path.name.isdigit() and (path / "params").is_dir()
+    ]
+    return max(steps, default=None)
+
+
+def _load_diffusers(source: str, components: Sequence[str]) -> tuple[Description, Params]:
+    checkpoint = diffusers.load(source, components=tuple(components))
+    params = checkpoint.params
+    if "text_encoder" in checkpoint.configs:
+        params["prompt"] = {"embedding": encode_empty_prompt(checkpoint)}
+    description = Description(
+        components=checkpoint.configs, scheduler=checkpoint.scheduler, base_checkpoint=source
+    )
+    return description, params
+
+
+def encode_empty_prompt(checkpoint: diffusers.Checkpoint) -> np.ndarray:
+    """The text encoder's output for "", not padded: float32 [1, 2, d].
+
+    GenPercept and Marigold tokenise the empty prompt without padding, which leaves the start and
+    the end token [GenPercept `genpercept_trainer.py`].
+    """
+    config = checkpoint.configs["text_encoder"]
+    ids = np.asarray([[config.bos_token_id, config.eos_token_id]], np.int32)
+    if checkpoint.tokenizer_dir is not None:
+        ids = tokenize(load_tokenizer(checkpoint.tokenizer_dir), [""], None)
+    encoder = functional(config)
+    encode = jax.jit(lambda params, ids: encoder.bind(params)(ids))
+    return np.asarray(encode(checkpoint.params["text_encoder"], ids))

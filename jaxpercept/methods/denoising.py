@@ -1,0 +1,92 @@
+"""Denoising diffusion of images under a caption: the pre-training of a text-to-image model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxpercept.diffusion.sampler import ddim_sample
+from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
+from jaxpercept.methods.latent_model import LatentModel, Params
+from jaxpercept.methods.one_step import to_signed
+from jaxpercept.models.vae import decode_latents, encode_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImage:
+    """Latent diffusion (Rombach et al., arXiv 2112.10752), the text encoder trained along.
+
+    Attributes:
+        model: the networks and the schedule whose prediction type the loss follows.
+        timesteps: the policy of the training timesteps.
+        empty_ids: token ids of the empty prompt, padded as the captions are.
+        caption_dropout: the share of examples trained without their caption, for classifier-free
+            guidance (Ho and Salimans, arXiv 2207.12598).
+    """
+
+    model: LatentModel
+    timesteps: TimestepPolicy
+    empty_ids: tuple[int, ...]
+    caption_dropout: float = 0.1
+
+    needs_text = True
+    fields = ("rgb", "input_ids", "index")
+
+    def loss(
+        self, params: Params, batch: dict[str, Array], key: Array
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The mean squared error of the network's output over a batch."""
+        schedule = self.model.schedule
+        latent = encode_mean(self.model.vae, params["vae"], to_signed(batch["rgb"]))
+        key_t, key_noise, key_drop = jax.random.split(key, 3)
+        index = batch["index"]
+        timesteps = sample_timesteps(self.timesteps, key_t, index, schedule.num_train_timesteps)
+        noise = per_example(key_noise, index, lambda k: jax.random.normal(k, latent.shape[1:]))
+        drop = per_example(key_drop, index, jax.random.uniform) < self.caption_dropout
+        ids = jnp.where(drop[:, None], jnp.asarray(self.empty_ids)[None], batch["input_ids"])
+
+        text = self.model.text_encoder.bind(params["text_encoder"])(ids)
+        noisy = schedule.add_noise(latent, noise, timesteps)
+        output = self.model.unet.bind(params["unet"])(noisy, timesteps, text)
+        target = schedule.target(latent, noise, timesteps)
+        mse = jnp.mean(jnp.square(output.astype(jnp.float32) - target))
+        return mse, {"mse": mse}
+
+    def sample(
+        self,
+        params: Params,
+        input_ids: Int[Array, "b l"],
+        key: Array,
+        *,
+        latent_size: tuple[int, int],
+        num_steps: int = 50,
+        guidance: float = 3.0,
+    ) -> Float[Array, "b h w 3"]:
+        """Images in [-1, 1] for captions, by DDIM with classifier-free guidance."""
+        batch = input_ids.shape[0]
+        empty = jnp.broadcast_to(jnp.asarray(self.empty_ids), input_ids.shape)
+        text = self.model.text_encoder.bind(params["text_encoder"])(
+            jnp.concatenate([input_ids, empty])
+        )
+        unet = self.model.unet.bind(params["unet"])
+
+        def predict(x: Array, t: Array) -> Array:
+            both = unet(jnp.concatenate([x, x]), jnp.concatenate([t, t]), text)
+            conditional, unconditional = jnp.split(both.astype(jnp.float32), 2)
+            return unconditional + guidance * (conditional - unconditional)
+
+        channels = self.model.vae.config.latent_channels
+        noise = jax.random.normal(key, (batch, *latent_size, channels))
+        _, latent = ddim_sample(self.model.schedule, predict, noise, num_steps)
+        return jnp.clip(decode_latents(self.model.vae, params["vae"], latent), -1, 1)
+
+
+def per_example(key: Array, index: Int[Array, " b"], draw) -> Array:
+    """One draw per example that depends on the key and the example's index alone.
+
+    Rows may then come in any order, from any host, on any number of devices.
+    """
+    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(index)

@@ -1,0 +1,103 @@
+"""One deterministic step from image latents to prediction (GenPercept, arXiv 2403.06090).
+
+With beta = 1 for every timestep, alphas_cumprod is zero: the noisy input is the RGB latent itself
+and the v-prediction target is minus the target's latent, so a single forward pass of the UNet on
+the RGB latent gives the prediction, whatever the timestep [recipes: GenPercept v2, `ddim.py` and
+`genpercept_trainer.py`]. The losses are the latent MSE, pixel losses on the decoded prediction
+(the gradient flows through the decoder), or both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from jaxpercept import losses
+from jaxpercept.diffusion.schedule import GENPERCEPT
+from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
+from jaxpercept.methods.latent_model import LatentModel, Params, empty_prompt
+from jaxpercept.models.vae import decode_latents, encode_mean
+from jaxpercept.tasks.depth import DepthTask
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStep:
+    """GenPercept's one-step method.
+
+    Attributes:
+        model: the networks; its own schedule is not used, GenPercept's beta = 1 schedule is.
+        task: what the target image means, and its pixel losses.
+        timesteps: the policy of the training timesteps. The input does not depend on the timestep;
+            only the time embedding does. GenPercept draws them uniformly.
+        inference_timestep: the timestep at prediction (1: one leading DDIM step with offset 1).
+        latent_weight: weight of the masked MSE between latents; 0 leaves it out.
+        pixel_weights: (name, weight) of each of the task's pixel losses; empty leaves them out.
+    """
+
+    model: LatentModel
+    task: DepthTask
+    timesteps: TimestepPolicy
+    inference_timestep: int = 1
+    latent_weight: float = 1.0
+    pixel_weights: tuple[tuple[str, float], ...] = ()
+
+    needs_text = False
+    fields = ("rgb", "depth", "valid", "depth_range", "index")
+
+    def _latent(self, params: Params, rgb_latent: Array, timesteps: Array) -> Array:
+        """The predicted latent [b, h, w, c] from the RGB latent [b, h, w, c]."""
+        prompt = empty_prompt(params, rgb_latent.shape[0])
+        output = self.model.unet.bind(params["unet"])(rgb_latent, timesteps, prompt)
+        return GENPERCEPT.to_x0(output.astype(jnp.float32), rgb_latent, timesteps)
+
+    def loss(
+        self, params: Params, batch: dict[str, Array], key: Array
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The weighted sum of the losses over a batch, and each of them by name."""
+        rgb = to_signed(batch["rgb"])
+        target, mask = self.task.encode_target(batch)
+        rgb_latent = encode_mean(self.model.vae, params["vae"], rgb)
+        timesteps = sample_timesteps(
+            self.timesteps, key, batch["index"], GENPERCEPT.num_train_timesteps
+        )
+        latent = self._latent(params, rgb_latent, timesteps)
+
+        terms, total = {}, jnp.float32(0)
+        if self.latent_weight:
+            # x0 = -output, so this is GenPercept's MSE between the output and the v target.
+            target_latent = encode_mean(self.model.vae, params["vae"], target)
+            latent_mask = losses.pool_mask(mask, self.model.downscale)
+            terms["latent_mse"] = losses.mse(latent, target_latent, latent_mask)
+            total += self.latent_weight * terms["latent_mse"]
+        if self.pixel_weights:
+            decoded = decode_latents(self.model.vae, params["vae"], latent).astype(jnp.float32)
+            pixel = self.task.pixel_losses(decoded, target, mask, dict(self.pixel_weights))
+            terms |= pixel
+            total += sum(pixel.values())
+        return total, terms
+
+    def predict(
+        self, params: Params, rgb: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b h w 3"], Float[Array, "b i j c"]]:
+        """The decoded target image (not clamped) and its latent.
+
+        Args:
+            params: all components, merged.
+            rgb: uint8, or float in [-1, 1]; height and width multiples of the VAE's factor.
+        """
+        rgb_latent = encode_mean(self.model.vae, params["vae"], to_signed(rgb))
+        timesteps = jnp.full((rgb.shape[0],), self.inference_timestep, jnp.int32)
+        latent = self._latent(params, rgb_latent, timesteps)
+        decoded = decode_latents(self.model.vae, params["vae"], latent)
+        return decoded.astype(jnp.float32), latent
+
+
+def to_signed(rgb: Array) -> Float[Array, "b h w 3"]:
+    """uint8 [0, 255] to float32 [-1, 1]; float images are already there and pass unchanged."""
+    if jnp.issubdtype(rgb.dtype, jnp.floating):
+        return rgb
+    return rgb.astype(jnp.float32) / 127.5 - 1.0
+
+

@@ -1,0 +1,110 @@
+"""Where every array lives: one mesh, and rules from a weight's path and shape to its sharding.
+
+The mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` also splits every large
+weight and its optimizer moments; `tensor` splits attention heads and feed-forward widths, the
+column-then-row pattern of Megatron-LM (arXiv 1909.08053), which needs no extra layout change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpercept.errors import UserError
+
+BATCH = P(("data", "fsdp"))
+
+# Linear kernels are [in, out]. The first pair of rules is column parallel, the second row parallel.
+_TENSOR_RULES: tuple[tuple[str, int], ...] = (
+    (r"\.(to_q|to_k|to_v|q_proj|k_proj|v_proj)\.kernel$", 1),
+    (r"\.(ff\.net\.0\.proj|mlp\.fc1)\.kernel$", 1),
+    (r"\.(to_out\.0|out_proj)\.kernel$", 0),
+    (r"\.(ff\.net\.2|mlp\.fc2)\.kernel$", 0),
+)
+# Below this many elements, gathering a shard costs more than keeping a copy.
+_MIN_FSDP_SIZE = 2**14
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices of all processes; one axis may be -1, "whatever is left".
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    count = jax.device_count()
+    free = [name for name, size in sizes.items() if size == -1]
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) == 1 and known > 0 and count % known == 0:
+        sizes[free[0]] = count // known
+    if any(size < 1 for size in sizes.values()) or int(np.prod(list(sizes.values()))) != count:
+        raise UserError(
+            f"the mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} device(s): "
+            "make the sizes multiply to that number, or leave one of them -1."
+        )
+    # Explicit axes (JAX's default) refuse the reshapes around attention; Auto lets XLA place them.
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The PartitionSpec of one weight, by its diffusers path and shape."""
+    axes: list[str | None] = [None] * len(shape)
+    if mesh.shape["tensor"] > 1:
+        for pattern, dimension in _TENSOR_RULES:
+            if re.search(pattern, path) and shape[dimension] % mesh.shape["tensor"] == 0:
+                axes[dimension] = "tensor"
+    if mesh.shape["fsdp"] > 1 and np.prod(shape, dtype=np.int64) >= _MIN_FSDP_SIZE:
+        for dimension in np.argsort(shape, kind="stable")[::-1]:
+            if axes[dimension] is None and shape[dimension] % mesh.shape["fsdp"] == 0:
+                axes[dimension] = "fsdp"
+                break
+    return P(*axes)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf; a leaf is placed by the last string key on its path.
+
+    Optimizer moments and averaged weights hold the same paths as the weights, so the same rule
+    places them beside each other. Scalars are replicated.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return NamedSharding(mesh, weight_spec(names[-1] if names else "", leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put_tree(tree: Any, shardings: Any) -> Any:
+    """Host arrays (the same on every process) to global arrays, each process filling its shards."""
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch to global arrays split over `data` and `fsdp`."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """How many ways a batch is split; batch sizes must be multiples of it."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from jaxpercept.data import datasets
-from jaxpercept.data.datasets import CROPS, DATASETS, EVAL_CROPS, EmptyMaskError, open_dataset
+from jaxpercept.data.crops import CROPS, EVAL_CROPS
+from jaxpercept.data.datasets import DATASETS, EmptyMaskError, open_dataset
 from jaxpercept.data.readers import UnreadableFileError
 from jaxpercept.errors import UserError
 
@@ -192,11 +193,11 @@ def test_real_tiny_imagenet(rng):
     train = open_dataset("tiny_imagenet", data_dir=f"{data_root}/tiny_imagenet")
     test = open_dataset("tiny_imagenet", data_dir=f"{data_root}/tiny_imagenet", split="test")
     assert (len(train), len(test)) == (24000, 1000)
-    assert not set(train.source.members) & set(test.source.members)
+    assert not set(train.source.names) & set(test.source.names)
     record = train[int(rng.integers(24000))]
     assert record["rgb"].shape == (64, 64, 3)
     assert record["caption"].startswith("a photo of a ")
-    held_out_classes = {member.split("/")[0] for member in test.source.members}
+    held_out_classes = {member.split("/")[0] for member in test.source.names}
     assert len(held_out_classes) == 200
 
 

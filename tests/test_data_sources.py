@@ -243,7 +243,7 @@ def test_archive_is_captioned_and_picklable_while_open(tmp_path, rng):
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(copy[0]["rgb"], first["rgb"])
     odd = ImageZipSource(tmp_path, keep=lambda i: i % 2 == 1)
-    assert odd.members == source.members[1::2]
+    assert odd.names == source.names[1::2]
 
 
 def test_damaged_archives_are_named(tmp_path, rng):

@@ -131,11 +131,24 @@ def test_rotation_turns_all_rasters_alike(degrees):
 
 
 @quick
-@given(sizes, sizes, seeds)
-def test_nearest_is_that_of_jax(size, resolution, seed):
-    raster = np.random.default_rng(seed).random((*size, 2), np.float32)
-    expected = jax.image.resize(raster, (*resolution, 2), "nearest")
-    np.testing.assert_array_equal(transforms.resize_nearest(raster, resolution), expected)
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_nearest_takes_the_closest_centre(size, out):
+    line = np.arange(size, dtype=np.float32)
+    chosen = transforms.resize_nearest(line[None, :, None], (1, out))[0, :, 0]
+    transposed = transforms.resize_nearest(line[:, None, None], (out, 1))[:, 0, 0]
+    np.testing.assert_array_equal(transposed, chosen)
+    centres = (np.arange(out) + 0.5) * size / out - 0.5
+    distance = np.abs(centres[:, None] - line)
+    np.testing.assert_allclose(
+        distance[np.arange(out), chosen.astype(int)], distance.min(1), atol=1e-9
+    )
+    assert (np.diff(chosen) >= 0).all()
+
+
+def test_nearest_is_that_of_jax(rng):
+    raster = rng.random((20, 18, 2), np.float32)
+    expected = jax.image.resize(raster, (13, 31, 2), "nearest")
+    np.testing.assert_array_equal(transforms.resize_nearest(raster, (13, 31)), expected)
 
 
 def test_rgb_resize_is_antialiased(rng):

@@ -18,35 +18,31 @@ dataset, which keeps batches full and their order fixed on every host.
 """
 
 import collections
-import dataclasses
-import functools
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
-from jaxtyping import Int32
 
-from jaxpercept.data.datasets import DATASETS, EmptyMaskError, Record, Records, open_dataset
-from jaxpercept.data.readers import UnreadableFileError
-from jaxpercept.data.transforms import Augment, prepare
+from jaxpercept.data.datasets import DATASETS, Records, open_dataset
+from jaxpercept.data.stages import (
+    Collate,
+    LoadExample,
+    LoadForEvaluation,
+    Tokenize,
+    mixed_stream,
+    prefetched,
+)
+from jaxpercept.data.transforms import Augment
 from jaxpercept.errors import UserError
 
 Batch = dict[str, np.ndarray]
-Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "n l"]]
 
 DEPTH_FIELDS = ("rgb", "depth", "valid", "depth_range", "index")
 TEXT_FIELDS = ("rgb", "input_ids", "index")
-
-# So many unusable records in a row mean that the dataset, not a file, is at fault.
-_MAX_SKIPS = 100
-
-# "Endless". Grain computes lengths in float64, which is exact up to 2**53 only.
-_STREAM_LENGTH = 2**48
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +92,8 @@ def make_train_dataset(
         )
     if not isinstance(augment, Augment):
         augment = Augment.from_dict(augment or {})
+    if seed < 0:
+        raise UserError(f"seed must not be negative, got {seed}.")
     needs = _needs(fields)
     if "caption" in needs and tokenize is None:
         raise UserError("The field input_ids needs a tokenizer; give `tokenize`.")
@@ -108,15 +106,15 @@ def make_train_dataset(
             raise UserError(f"Dataset {name} has no {need}; leave it out of this mixture.")
         if len(records[-1]) == 0:
             raise UserError(f"Dataset {name} is empty; leave it out or make it larger.")
-    stream = _mixed_stream([len(r) for r in records], [w for _, w, _ in mixture], seed)
-    load = _LoadExample(tuple(records), augment, resolution, seed, needs_depth="depth" in needs)
+    stream = mixed_stream([len(r) for r in records], [w for _, w, _ in mixture], seed)
+    load = LoadExample(tuple(records), augment, resolution, seed, needs_depth="depth" in needs)
     batches = (
         stream[process_index::process_count]
         .map(load)
         .batch(
             batch_size // process_count,
             drop_remainder=True,
-            batch_fn=_Collate(tuple(fields), tokenize),
+            batch_fn=Collate(tuple(fields), tokenize),
         )
     )
     return TrainDataset(batches, batch_size=batch_size, num_workers=num_workers)
@@ -166,7 +164,7 @@ class TrainIterator(grain.DatasetIterator):
         """Starts decoding (and the worker processes) before the first batch is asked for."""
         if self._batches is None:
             self._batches = iter(
-                _prefetched(self._dataset.batches[self._next_batch :], self._dataset.num_workers)
+                prefetched(self._dataset.batches[self._next_batch :], self._dataset.num_workers)
             )
             self._batches.start_prefetch()
 
@@ -247,7 +245,7 @@ def make_eval_dataset(
         raise UserError(f"limit must be positive, got {limit}.")
     total = len(records) if limit is None else min(limit, len(records))
     padded = -(-total // process_count) * process_count
-    load = _LoadForEvaluation(records, total)
+    load = LoadForEvaluation(records, total)
     share = grain.MapDataset.range(padded)[process_index::process_count].map(load)
     return EvalDataset(share, records, num_workers=num_workers)
 
@@ -268,131 +266,10 @@ class EvalDataset(grain.IterDataset):
         return len(self._share)
 
     def __iter__(self) -> grain.DatasetIterator:
-        return iter(_prefetched(self._share, self._num_workers, buffer_size=4))
+        return iter(prefetched(self._share, self._num_workers, buffer_size=4))
 
     def __str__(self) -> str:
         return f"EvalDataset({self.dataset.name}, {len(self)} records)"
-
-
-# ---- the stages ----------------------------------------------------------------------------------
-
-
-def _mixed_stream(lengths: Sequence[int], weights: Sequence[Any], seed: int) -> grain.MapDataset:
-    """Endless MapDataset of (position, dataset, index), shuffled anew in every epoch."""
-    seeds = np.random.SeedSequence(seed).generate_state(len(lengths))
-    parts = [
-        grain.MapDataset.range(length)
-        .shuffle(seed=int(shuffle_seed))
-        .map(functools.partial(_tagged, number))
-        .repeat()
-        for number, (length, shuffle_seed) in enumerate(zip(lengths, seeds, strict=True))
-    ]
-    mixed = (
-        grain.MapDataset.mix(parts, weights=[float(w) for w in weights])
-        if len(parts) > 1
-        else parts[0]
-    )
-    return mixed.map_with_index(_positioned)[:_STREAM_LENGTH]
-
-
-def _tagged(dataset: int, index: int) -> tuple[int, int]:
-    return dataset, index
-
-
-def _positioned(position: int, tagged: tuple[int, int]) -> tuple[int, int, int]:
-    return position, *tagged
-
-
-@dataclasses.dataclass(frozen=True)
-class _LoadExample:
-    """(position, dataset, index) -> augmented example; runs in the workers."""
-
-    records: tuple[Records, ...]
-    augment: Augment
-    resolution: tuple[int, int]
-    seed: int
-    needs_depth: bool
-
-    def __call__(self, element: tuple[int, int, int]) -> Record:
-        position, dataset, index = element
-        records = self.records[dataset]
-        skipped: list[tuple[str, str]] = []
-        for attempt in range(min(_MAX_SKIPS, len(records))):
-            candidate = (index + attempt) % len(records)
-            try:
-                example = self._example(records[candidate], position)
-            except (UnreadableFileError, EmptyMaskError) as error:
-                skipped.append((_name(records, candidate), str(error)))
-                continue
-            # int32 is enough for two billion examples; beyond, only the noise would repeat.
-            index32 = np.int32(position & 0x7FFFFFFF)
-            return example | {"index": index32, "skipped": tuple(skipped)}
-        raise UserError(
-            f"None of {len(skipped)} records in a row of dataset {records.dataset.name} can be "
-            f"used, the last because: {skipped[-1][1]}"
-        )
-
-    def _example(self, record: Record, position: int) -> Record:
-        # Keyed by the position in the global stream, not by the one in this process's share (which
-        # Grain's random_map would use), so that the number of processes does not matter.
-        rng = np.random.default_rng([self.seed, position])
-        example = prepare(record, rng, self.augment, self.resolution)
-        if self.needs_depth and not example["valid"].any():
-            raise EmptyMaskError(f"No valid pixel of {record['name']} is left after cropping.")
-        return example
-
-
-@dataclasses.dataclass(frozen=True)
-class _Collate:
-    """Examples -> batch of the wanted fields; `skipped` travels along to the iterator."""
-
-    fields: tuple[str, ...]
-    tokenize: Tokenize | None
-
-    def __call__(self, examples: Sequence[Record]) -> dict[str, Any]:
-        batch: dict[str, Any] = {
-            field: np.stack([example[field] for example in examples])
-            for field in self.fields
-            if field != "input_ids"
-        }
-        if "input_ids" in self.fields:
-            captions = [example["caption"] for example in examples]
-            batch["input_ids"] = np.asarray(self.tokenize(captions), np.int32)
-        skipped = [pair for example in examples for pair in example["skipped"]]
-        batch["skipped"] = [name for name, _ in skipped], [reason for _, reason in skipped]
-        return batch
-
-
-@dataclasses.dataclass(frozen=True)
-class _LoadForEvaluation:
-    """Position -> record; positions beyond the last record repeat it as padding."""
-
-    records: Records
-    total: int
-
-    def __call__(self, position: int) -> Record:
-        index = min(position, self.total - 1)
-        return self.records[index] | {"index": index, "padding": position >= self.total}
-
-
-def _prefetched(
-    data: grain.MapDataset, num_workers: int, *, buffer_size: int = 2
-) -> grain.IterDataset:
-    """Decodes ahead: in one thread of this process, or in `num_workers` processes."""
-    if num_workers == 0:
-        return data.to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer_size)
-        )
-    # Worker processes start only where absl has parsed its flags, which notebooks and plain
-    # scripts never do; the flags keep their defaults.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    # The queue to this process already decouples the two: no threads inside a worker.
-    return data.to_iter_dataset(
-        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    ).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=buffer_size)
-    )
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -423,11 +300,6 @@ def _positive_pair(resolution: Any) -> tuple[int, int]:
     if height <= 0 or width <= 0:
         raise UserError(f"resolution must be positive, got {height} x {width}.")
     return height, width
-
-
-def _name(records: Records, index: int) -> str:
-    names = getattr(records.source, "names", None) or getattr(records.source, "members", None)
-    return names[index] if names else f"{records.dataset.name}[{index}]"
 
 
 __all__ = [

@@ -170,15 +170,15 @@ class ImageZipSource:
                 "check the data folder."
             ) from error
         images = [m for m in members if m.split("/")[0] in self.classes and not m.endswith("/")]
-        self.members = [member for i, member in enumerate(images) if keep(i)]
-        if not self.members:
+        self.names = [member for i, member in enumerate(images) if keep(i)]
+        if not self.names:
             raise UserError(f"{self.path} holds no image of a class that classes.json names.")
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Example:
-        member = self.members[index]
+        member = self.names[index]
         try:
             data = self._archive().read(member)
         except Exception as error:  # zlib.error, BadZipFile, OSError ...: the member is damaged

@@ -240,8 +240,9 @@ def resize_nearest(
     raster: Shaped[np.ndarray, "h w c"], resolution: tuple[int, int]
 ) -> Shaped[np.ndarray, "H W c"]:
     """Pixel centres map to the nearest pixel (torch's "nearest-exact", jax.image's "nearest")."""
+    # floor((i + 0.5) * size / out) in integers, where nothing rounds.
     rows, columns = (
-        ((np.arange(out) + 0.5) * (size / out)).astype(np.int64)
+        (2 * np.arange(out) + 1) * size // (2 * out)
         for size, out in zip(raster.shape[:2], resolution, strict=True)
     )
     return raster[rows[:, None], columns[None, :]]

@@ -1,0 +1,147 @@
+"""The stages of a pipeline; all are picklable, most run in the worker processes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Integer
+
+from jaxpercept.data.datasets import EmptyMaskError, Record, Records
+from jaxpercept.data.readers import UnreadableFileError
+from jaxpercept.data.transforms import Augment, prepare
+from jaxpercept.errors import UserError
+
+Tokenize = Callable[[Sequence[str]], Integer[np.ndarray, "n l"]]
+
+# So many unusable records in a row mean that the dataset, not a file, is at fault.
+_MAX_SKIPS = 100
+
+# "Endless". Grain computes lengths in float64, which is exact up to 2**53 only.
+_STREAM_LENGTH = 2**48
+
+
+def mixed_stream(lengths: Sequence[int], weights: Sequence[Any], seed: int) -> grain.MapDataset:
+    """Endless MapDataset of (position, dataset, index), shuffled anew in every epoch."""
+    seeds = np.random.SeedSequence(seed).generate_state(len(lengths))
+    parts = [
+        grain.MapDataset.range(length)
+        .shuffle(seed=int(shuffle_seed))
+        .map(functools.partial(_tagged, number))
+        .repeat()
+        for number, (length, shuffle_seed) in enumerate(zip(lengths, seeds, strict=True))
+    ]
+    mixed = (
+        grain.MapDataset.mix(parts, weights=[float(w) for w in weights])
+        if len(parts) > 1
+        else parts[0]
+    )
+    return mixed.map_with_index(_positioned)[:_STREAM_LENGTH]
+
+
+def _tagged(dataset: int, index: int) -> tuple[int, int]:
+    return dataset, index
+
+
+def _positioned(position: int, tagged: tuple[int, int]) -> tuple[int, int, int]:
+    return position, *tagged
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadExample:
+    """(position, dataset, index) -> augmented example; runs in the workers."""
+
+    records: tuple[Records, ...]
+    augment: Augment
+    resolution: tuple[int, int]
+    seed: int
+    needs_depth: bool
+
+    def __call__(self, element: tuple[int, int, int]) -> Record:
+        position, dataset, index = element
+        records = self.records[dataset]
+        skipped: list[tuple[str, str]] = []
+        for attempt in range(min(_MAX_SKIPS, len(records))):
+            candidate = (index + attempt) % len(records)
+            try:
+                example = self._example(records[candidate], position)
+            except (UnreadableFileError, EmptyMaskError) as error:
+                skipped.append((_name(records, candidate), str(error)))
+                continue
+            # int32 is enough for two billion examples; beyond, only the noise would repeat.
+            index32 = np.int32(position & 0x7FFFFFFF)
+            return example | {"index": index32, "skipped": tuple(skipped)}
+        raise UserError(
+            f"None of {len(skipped)} records in a row of dataset {records.dataset.name} can be "
+            f"used, the last because: {skipped[-1][1]}"
+        )
+
+    def _example(self, record: Record, position: int) -> Record:
+        # Keyed by the position in the global stream, not by the one in this process's share (which
+        # Grain's random_map would use), so that the number of processes does not matter.
+        rng = np.random.default_rng([self.seed, position])
+        example = prepare(record, rng, self.augment, self.resolution)
+        if self.needs_depth and not example["valid"].any():
+            raise EmptyMaskError(f"No valid pixel of {record['name']} is left after cropping.")
+        return example
+
+
+@dataclasses.dataclass(frozen=True)
+class Collate:
+    """Examples -> batch of the wanted fields; `skipped` travels along to the iterator."""
+
+    fields: tuple[str, ...]
+    tokenize: Tokenize | None
+
+    def __call__(self, examples: Sequence[Record]) -> dict[str, Any]:
+        batch: dict[str, Any] = {
+            field: np.stack([example[field] for example in examples])
+            for field in self.fields
+            if field != "input_ids"
+        }
+        if "input_ids" in self.fields:
+            captions = [example["caption"] for example in examples]
+            batch["input_ids"] = np.asarray(self.tokenize(captions), np.int32)
+        skipped = [pair for example in examples for pair in example["skipped"]]
+        batch["skipped"] = [name for name, _ in skipped], [reason for _, reason in skipped]
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadForEvaluation:
+    """Position -> record; positions beyond the last record repeat it as padding."""
+
+    records: Records
+    total: int
+
+    def __call__(self, position: int) -> Record:
+        index = min(position, self.total - 1)
+        return self.records[index] | {"index": index, "padding": position >= self.total}
+
+
+def prefetched(
+    data: grain.MapDataset, num_workers: int, *, buffer_size: int = 2
+) -> grain.IterDataset:
+    """Decodes ahead: in one thread of this process, or in `num_workers` processes."""
+    if num_workers == 0:
+        return data.to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer_size)
+        )
+    # Worker processes start only where absl has parsed its flags, which notebooks and plain
+    # scripts never do; the flags keep their defaults.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    # The queue to this process already decouples the two: no threads inside a worker.
+    return data.to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    ).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=buffer_size)
+    )
+
+
+def _name(records: Records, index: int) -> str:
+    names = getattr(records.source, "names", None)
+    return names[index] if names else f"{records.dataset.name}[{index}]"

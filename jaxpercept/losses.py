@@ -49,43 +49,51 @@ def pool_mask(valid: Bool[Array, "b H W 1"], factor: int) -> Bool[Array, "b h w 
     return blocks.all(axis=(2, 4))[..., None]
 
 
-class Fit(NamedTuple):
-    """Least-squares line through masked (pred, target) pairs, per image; every field [b].
+class Line(NamedTuple):
+    """Per-image line through masked (pred, target) pairs; every field [b].
 
-    `degenerate`: the mask is empty or the prediction is constant to float32 rounding; `scale` and
-    `shift` are then 0 and the mean target, the best constant.
+    Kept as scale · (pred − centre) + value: where the prediction's spread is small against its
+    mean, float32 cannot hold the shift. `degenerate`: the mask is empty or the prediction constant
+    to float32 rounding; the scale is then 0, so that the line is the best constant.
     """
 
     scale: Float[Array, "b"]
-    shift: Float[Array, "b"]
+    centre: Float[Array, "b"]
+    value: Float[Array, "b"]
     degenerate: Bool[Array, "b"]
+
+    def __call__(self, pred: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The aligned prediction, float32."""
+        scale, centre, value = map(_per_image, self[:3])
+        return scale * (pred.astype(jnp.float32) - centre) + value
 
 
 def fit_line(
     pred: Float[Array, "b h w c"], target: Float[Array, "b h w c"], mask: Bool[Array, "b h w #c"]
-) -> Fit:
+) -> Line:
     """Minimises Σ M (scale·pred + shift − target)² per image, on centred sums.
 
     Centring leaves the minimiser unchanged and avoids the cancellation of a00·a11 − a01².
     """
     mask = jnp.broadcast_to(mask, pred.shape)
     pred, target = _masked(pred, mask), _masked(target, mask)
-    count = jnp.maximum(_sum(mask), 1)
-    mean_pred, dev_pred = _centre(pred, mask, count)
-    mean_target, dev_target = _centre(target, mask, count)
-    variance = _sum(dev_pred**2)
+    centre, residual, pred_deviation = _centred(pred, mask)
+    target_centre, target_residual, target_deviation = _centred(target, mask)
+    variance = _sum(pred_deviation**2)
     degenerate = variance <= _CONSTANT**2 * _sum(pred**2)
-    safe_variance = jnp.where(degenerate, 1, variance)
-    scale = jnp.where(degenerate, 0, _sum(dev_pred * dev_target) / safe_variance)
-    return Fit(scale, mean_target - scale * mean_pred, degenerate)
+    covariance = _sum(pred_deviation * target_deviation)
+    scale = jnp.where(degenerate, 0, covariance / jnp.where(degenerate, 1, variance))
+    value = target_centre + target_residual - scale * residual
+    return Line(scale, centre, value, degenerate)
 
 
 def scale_and_shift(
     pred: Float[Array, "b h w c"], target: Float[Array, "b h w c"], mask: Bool[Array, "b h w #c"]
 ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
     """(s, b) that minimise Σ M (s·pred + b − target)²; (1, 0) where the system is singular."""
-    scale, shift, degenerate = fit_line(pred, target, mask)
-    return jnp.where(degenerate, 1, scale), jnp.where(degenerate, 0, shift)
+    line = fit_line(pred, target, mask)
+    shift = line.value - line.scale * line.centre
+    return jnp.where(line.degenerate, 1, line.scale), jnp.where(line.degenerate, 0, shift)
 
 
 def ssi(
@@ -99,15 +107,14 @@ def ssi(
     shifts both by +2. Images with a constant prediction keep s = 1, b = 0.
     """
     pred, target = pred.astype(jnp.float32), target.astype(jnp.float32)
-    scale, shift = scale_and_shift(pred, target, mask)
-    inverted = scale <= 0
-    # Sorting every image is costly and, once training has begun, never needed.
+    line = fit_line(pred, target, mask)
+    inverted = (line.scale <= 0) & ~line.degenerate
+    # Sorting every image is costly and, once training has begun, rarely needed.
     ratio = jax.lax.cond(
         inverted.any(), _median_ratio, lambda p, *_: jnp.ones(p.shape[0]), pred, target, mask
     )
-    scale = jnp.where(inverted, ratio, scale)
-    shift = jnp.where(inverted, 0, shift)
-    aligned = scale[:, None, None, None] * pred + shift[:, None, None, None]
+    proportional = _per_image(jnp.where(inverted, ratio, 1)) * pred
+    aligned = jnp.where(_per_image(inverted | line.degenerate), proportional, line(pred))
     return l1(aligned, target, mask)
 
 
@@ -147,15 +154,22 @@ def _mean(values: Array, mask: Array) -> Array:
 
 
 def _sum(x: Array) -> Array:
-    """Per-image sum, kept broadcastable for one line of arithmetic: [b]."""
+    """Per-image sum, [b]."""
     return x.sum(axis=(1, 2, 3))
 
 
-def _centre(x: Array, mask: Array, count: Array) -> tuple[Array, Array]:
-    """(mean [b], masked deviations); a second pass removes the rounding error of the first mean."""
-    mean = _sum(x) / count
-    mean += _sum(_masked(x - mean[:, None, None, None], mask)) / count
-    return mean, _masked(x - mean[:, None, None, None], mask)
+def _per_image(values: Array) -> Array:
+    """[b] -> [b, 1, 1, 1]."""
+    return values[:, None, None, None]
+
+
+def _centred(x: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """The mean as a rounded part and a small residual, [b] each, and the deviations from it."""
+    count = jnp.maximum(_sum(mask), 1)
+    centre = _sum(x) / count
+    deviation = _masked(x - _per_image(centre), mask)
+    residual = _sum(deviation) / count
+    return centre, residual, _masked(deviation - _per_image(residual), mask)
 
 
 def _median_ratio(pred: Array, target: Array, mask: Array) -> Array:

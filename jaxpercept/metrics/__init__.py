@@ -1,0 +1,1 @@
+"""Evaluation protocols: masked metrics per image."""

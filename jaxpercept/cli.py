@@ -1,0 +1,139 @@
+"""What the commands share: flags, `--help`, and errors that read as one line."""
+
+from __future__ import annotations
+
+import logging as python_logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from absl import flags, logging
+
+from jaxpercept.errors import UserError
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def run(
+    main: Callable[[], int | None],
+    *,
+    required: Sequence[str] = (),
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> NoReturn:
+    """Run a command and exit: `call` with this process's arguments."""
+    sys.exit(call(main, sys.argv, required=required, flag_values=flag_values))
+
+
+def call(
+    main: Callable[[], int | None],
+    argv: Sequence[str],
+    *,
+    required: Sequence[str] = (),
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> int:
+    """Parse flags, run `main` and turn a `UserError` into one line on stderr.
+
+    Args:
+        main: the command; its module's docstring is what `--help` prints before the flags.
+        argv: the program's name and its arguments.
+        required: flags that must be given.
+        flag_values: where the command's flags are defined. A command with flags of its own can be
+            imported beside another one that uses the same names.
+
+    Returns:
+        The exit status: what `main` returns (None: 0), 1 for a user's error, 130 for Ctrl-C.
+    """
+    if any(argument in ("-h", "--h", "-help", "--help") for argument in argv[1:]):
+        print(_help(main, flag_values))
+        return 0
+    try:
+        _parse(argv, required, flag_values)
+        _show_own_messages()
+        return int(main() or 0)
+    except UserError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def initialize_distributed() -> None:
+    """Join the other processes of a multi-process run, if this is one.
+
+    TPU pods, SLURM and Open MPI are recognised by their environment; anywhere else set
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if "JAX_NUM_PROCESSES" in os.environ:
+        jax.distributed.initialize(
+            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+            process_id=int(os.environ["JAX_PROCESS_ID"]),
+        )
+        return
+    sizes = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    several = any(int(os.environ.get(name) or 1) > 1 for name in sizes)
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_NUM_SLICES" in os.environ
+    if several or pod:
+        jax.distributed.initialize()
+
+
+def _parse(argv: Sequence[str], required: Sequence[str], flag_values: flags.FlagValues) -> None:
+    # Libraries define flags too (absl's logging, Grain) and refuse to work before a parse.
+    for name in flags.FLAGS:
+        # Some are listed twice, by a short name as well.
+        if name not in flag_values and name == flags.FLAGS[name].name:
+            flag_values[name] = flags.FLAGS[name]
+    try:
+        rest = flag_values(list(argv))
+    except flags.Error as error:
+        raise UserError(f"{_cause(error)}: see --help.") from error
+    flags.FLAGS.mark_as_parsed()
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value.")
+    for name in required:
+        if flag_values[name].value in (None, ""):
+            raise UserError(f"--{name} is required: see --help.")
+
+
+def _cause(error: Exception) -> str:
+    """The sentence that matters: config files report a whole traceback, its last line is it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "Traceback" in str(error):
+        return f"{lines[0].split(': Error')[0]} failed with {lines[-1]}"
+    return " ".join(lines).rstrip(".")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _show_own_messages() -> None:
+    """This package's log messages, plain; other libraries' only from warnings on."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(message)s"))
+    handler.addFilter(_is_for_the_user)
+
+
+def _is_for_the_user(record: python_logging.LogRecord) -> bool:
+    return record.levelno >= python_logging.WARNING or record.pathname.startswith(_PACKAGE)
+
+
+def _help(main: Callable[[], Any], flag_values: flags.FlagValues) -> str:
+    """The module's docstring, then its flags in the order they were defined."""
+    module = sys.modules[main.__module__]
+    own = flag_values.flags_by_module_dict()
+    names = {main.__module__, module.__name__, sys.argv[0], getattr(module, "__file__", "")}
+    listed = [flag for name, group in own.items() if name in names for flag in group]
+    lines = [(module.__doc__ or "").strip(), "", "flags:"]
+    for flag in listed:
+        default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+        lines.append(f"  --{flag.name}: {flag.help.strip()}{default}")
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""A depth model of a few thousand random weights, for the tests of everything around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpercept.checkpoints.description import Description
+from jaxpercept.checkpoints.orbax import save_export
+from jaxpercept.models.config import UNetConfig, VAEConfig
+from jaxpercept.models.functional import functional
+
+WIDTH = 8
+COMPONENTS = {
+    "unet": UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ),
+    "vae": VAEConfig(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+    ),
+}
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+def description(**changes: Any) -> Description:
+    """A one-step depth model trained at 32 x 48; the autoencoder's factor is 4."""
+    values = {
+        "components": COMPONENTS,
+        "scheduler": SCHEDULER,
+        "method": {"name": "one_step"},
+        "task": "depth",
+        "resolution": (32, 48),
+        "base_checkpoint": "random",
+        **changes,
+    }
+    return Description(**values)
+
+
+def params(rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
+    """Random weights of `COMPONENTS` and a random encoded prompt."""
+    weights = {
+        name: {
+            path: _draw(path, leaf.shape, rng) for path, leaf in functional(config).shapes.items()
+        }
+        for name, config in COMPONENTS.items()
+    }
+    prompt = rng.normal(size=(1, 2, WIDTH)).astype(np.float32)
+    return {**weights, "prompt": {"embedding": prompt}}
+
+
+def _draw(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    noise = rng.normal(size=shape).astype(np.float32)
+    if path.endswith("kernel"):
+        return noise / np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
+    return 0.2 * noise + np.float32(path.endswith("scale"))
+
+
+def save(folder: Path, rng: np.random.Generator, **changes: Any) -> Path:
+    """An Orbax export of the model."""
+    save_export(folder, description(**changes), params(rng))
+    return folder

@@ -156,6 +156,28 @@ def test_wrong_requests_are_named(tmp_path, name, options, message):
         open_dataset(name, **options)
 
 
+def test_scenes_are_records_and_splits_are_disjoint(rng):
+    train = open_dataset("scenes", resolution=(16, 24))
+    test = open_dataset("scenes", resolution=(16, 24), evaluation=True, size=3)
+    assert len(test) == 3
+    assert len(train) == 2**24
+    record = pickle.loads(pickle.dumps(test))[int(rng.integers(3))]
+    for field, channels, dtype in (
+        ("rgb", 3, np.uint8),
+        ("depth", 1, np.float32),
+        ("valid", 1, np.bool_),
+        ("normals", 3, np.float32),
+        ("instance", 1, np.int32),
+        ("classes", 1, np.int32),
+    ):
+        assert record[field].shape == (16, 24, channels)
+        assert record[field].dtype == dtype
+    assert record["caption"]
+    assert train[0]["name"] == "scene_0000000000"
+    assert test[0]["name"] == f"scene_{2**30:010d}"
+    assert (train[0]["rgb"] != test[0]["rgb"]).any()
+
+
 def test_every_row_is_complete():
     for name, row in DATASETS.items():
         assert row.name == name

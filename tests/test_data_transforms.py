@@ -107,12 +107,12 @@ def test_rotation_turns_all_rasters_alike(degrees):
         "rgb": np.repeat(np.rint(level)[..., None], 3, -1).astype(np.uint8),
         "depth": level[..., None],
         "valid": np.ones((rows, columns, 1), bool),
-        "instances": np.ones((rows, columns, 1), np.int32) * 70000,
+        "instance": np.ones((rows, columns, 1), np.int32) * 70000,
         "normals": np.broadcast_to(np.array([1, 0, 0], np.float32), (rows, columns, 3)),
     }
     turned = transforms.rotate(record, degrees)
     assert turned["valid"].all()  # no corner without data is left
-    assert (turned["instances"] == 70000).all()
+    assert (turned["instance"] == 70000).all()
     difference = turned["rgb"][..., 0].astype(np.float32) - turned["depth"][..., 0]
     assert np.abs(difference).max() < 2.0
     # The direction in which depth grows turns like a direction in the image, y down.
@@ -124,7 +124,42 @@ def test_rotation_turns_all_rasters_alike(degrees):
         (turned["depth"].shape[1], turned["depth"][..., 0].mean(0)),
     ))  # fmt: skip
     np.testing.assert_allclose([dx, dy], expected, atol=0.02)
-    np.testing.assert_allclose(turned["normals"][0, 0], [c, -s, 0], atol=1e-6)
+    np.testing.assert_allclose(turned["normals"][0, 0], [c, s, 0], atol=1e-6)
+
+
+def test_intrinsics_follow_every_change(rng):
+    """The principal point keeps pointing at the same bright pixel."""
+    image = np.zeros((60, 80, 3), np.uint8)
+    row, column = (int(v) for v in rng.integers(25, 35, 2))
+    image[row - 3 : row + 4, column - 3 : column + 4] = 255
+    centre = np.array([100, 100, column + 0.5, row + 0.5], np.float32)
+    record = {"rgb": image, "intrinsics": centre}
+
+    def brightest(record):
+        weight = record["rgb"][..., 0].astype(np.float64)
+        y, x = np.mgrid[: weight.shape[0], : weight.shape[1]] + 0.5
+        return [(x * weight).sum() / weight.sum(), (y * weight).sum() / weight.sum()]
+
+    for changed in (
+        record,
+        transforms.flip_horizontal(record),
+        transforms.crop(record, 10, 12, 40, 50),
+        transforms.resize(record, (120, 40)),
+        transforms.rotate(record, 11.0),
+    ):
+        np.testing.assert_allclose(changed["intrinsics"][2:], brightest(changed), atol=0.2)
+    np.testing.assert_array_equal(transforms.resize(record, (120, 40))["intrinsics"][:2], [50, 200])
+
+
+def test_flip_exchanges_left_and_right_in_words(rng):
+    record = make_record(rng, (4, 6)) | {
+        "caption": "a bed on the left, a bright lamp on the right",
+        "phrases": [("the bed on the left", 3)],
+    }
+    flipped = transforms.flip_horizontal(record)
+    assert flipped["caption"] == "a bed on the right, a bright lamp on the left"
+    assert flipped["phrases"] == [("the bed on the right", 3)]
+    assert transforms.flip_horizontal(flipped)["caption"] == record["caption"]
 
 
 # ---- resize --------------------------------------------------------------------------------------

@@ -17,7 +17,15 @@ import numpy as np
 
 from jaxpercept.data.crops import CROPS, EVAL_CROPS
 from jaxpercept.data.readers import RawFloat32Reader, read_depth
-from jaxpercept.data.sources import FolderSource, ImageZipSource, ListSource, TFDSSource
+from jaxpercept.data.scenes import SceneSource
+from jaxpercept.data.sources import (
+    FolderSource,
+    ImageZipSource,
+    ListSource,
+    SceneExamples,
+    TFDSSource,
+)
+from jaxpercept.data.transforms import crop
 from jaxpercept.errors import UserError
 
 Record = dict[str, Any]
@@ -35,18 +43,11 @@ TEST_SCENES = range(2**30, 2**30 + 1000)
 
 
 def _scenes(split: str, *, data_dir: Any, resolution: tuple[int, int], size: int | None = None,
-            scene_seed: int = 0):  # fmt: skip
-    from jaxpercept.data.scenes import SceneSource
-
+            scene_seed: int = 0) -> SceneExamples:  # fmt: skip
     indices = TRAIN_SCENES if split == "train" else TEST_SCENES
     height, width = resolution
-    return SceneSource(
-        seed=scene_seed,
-        size=len(indices) if size is None else size,
-        start=indices.start,
-        height=height,
-        width=width,
-    )
+    size = len(indices) if size is None else min(size, len(indices))
+    return SceneExamples(SceneSource(scene_seed, size, indices.start, height=height, width=width))
 
 
 def _folder(split: str, *, data_dir: Any, resolution: Any) -> FolderSource:
@@ -273,7 +274,9 @@ class Records:
 
     A record is a dict: `rgb` uint8 [h, w, 3]; `depth` float32 [h, w, 1] metres, 0 where invalid;
     `valid` bool [h, w, 1]; `name` str; and `caption` str where the dataset has one. Sizes are those
-    of the file, after the dataset's crop.
+    of the file, after the dataset's crop. Scenes also have `normals` float32 [h, w, 3] (x right,
+    y up, z towards the viewer), `instance` and `classes` int32 [h, w, 1], `phrases` (pairs of text
+    and instance) and `intrinsics` (fx, fy, cx, cy) in pixels.
 
     Raises (on indexing):
       UnreadableFileError: the file is damaged.
@@ -289,8 +292,9 @@ class Records:
     def __getitem__(self, index: int) -> Record:
         example = self.source[index]
         if self.dataset.crop is not None:
-            window = CROPS[self.dataset.crop](*example["rgb"].shape[:2])
-            example = {k: v[window] if k in _RASTERS else v for k, v in example.items()}
+            rows, columns = CROPS[self.dataset.crop](*example["rgb"].shape[:2])
+            size = rows.stop - rows.start, columns.stop - columns.start
+            example = crop(example, rows.start, columns.start, *size)
         if "depth" not in self.dataset.provides:
             return example
         return self._with_metric_depth(example)
@@ -313,9 +317,6 @@ class Records:
             )
         record = {k: v for k, v in example.items() if k != "mask"}
         return record | {"depth": np.where(valid, depth, np.float32(0)), "valid": valid}
-
-
-_RASTERS = ("rgb", "depth", "mask")
 
 
 def open_dataset(

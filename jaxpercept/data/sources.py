@@ -25,6 +25,7 @@ from jaxpercept.data.readers import (
     read_mask,
     read_rgb,
 )
+from jaxpercept.data.scenes import SceneSource
 from jaxpercept.errors import UserError
 
 Example = dict[str, Any]
@@ -146,8 +147,8 @@ class ListSource(FileSource):
 class ImageZipSource:
     """Captioned images of an archive: `images.zip` with `CLASS/name.JPEG`, `classes.json`.
 
-    `classes.json` maps CLASS to a name in words; the caption is "a photo of a NAME". The archive is
-    opened once per process, when first read, so that the source can be pickled.
+    `classes.json` maps CLASS to a name in words; the caption is "a photo of a NAME" (or "an"). The
+    archive is opened once per process, when first read, so that the source can be pickled.
 
     Args:
       data_dir: folder with the two files.
@@ -188,7 +189,7 @@ class ImageZipSource:
         return {
             "name": member,
             "rgb": decode_rgb(data, name=f"{self.path}:{member}"),
-            "caption": f"a photo of a {self.classes[member.split('/')[0]]}",
+            "caption": _caption(self.classes[member.split("/")[0]]),
         }
 
     def _archive(self) -> zipfile.ZipFile:
@@ -202,6 +203,26 @@ class ImageZipSource:
 
     def __repr__(self) -> str:
         return f"ImageZipSource({self.path}, {len(self)} examples)"
+
+
+def _caption(name: str) -> str:
+    return f"a photo of {'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+class SceneExamples:
+    """A `SceneSource` with the names, shapes and keys of the other sources."""
+
+    def __init__(self, scenes: SceneSource):
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Example:
+        scene = dict(self.scenes[index])
+        scene["name"] = f"scene_{scene.pop('index'):010d}"
+        scene["mask"] = scene.pop("valid")
+        return scene | {key: scene[key][..., None] for key in ("instance", "classes")}
 
 
 class TFDSSource:

@@ -9,6 +9,7 @@ on few pixels.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ from jaxpercept.errors import UserError
 Record = dict[str, Any]
 
 # Entries of a record that are images, i.e. follow the geometry.
-RASTERS = ("rgb", "depth", "valid", "normals", "instances", "classes")
+RASTERS = ("rgb", "depth", "valid", "mask", "normals", "instance", "classes")
+
+_SWAP_SIDES = {"left": "right", "right": "left"}
 
 
 def _is_range(scale: tuple) -> bool:
@@ -141,16 +144,34 @@ def prepare(
 
 
 def flip_horizontal(record: Record) -> Record:
-    """Mirrors every raster left-right; the x component of `normals` changes sign."""
+    """Mirrors every raster left-right, and with them what depends on the side.
+
+    The x component of `normals` changes sign, the principal point in `intrinsics` moves, and the
+    words left and right are exchanged in `caption` and `phrases`.
+    """
     flipped = _map_rasters(record, lambda _, x: x[:, ::-1])
     if "normals" in record:
         flipped["normals"] = flipped["normals"] * np.array([-1, 1, 1], np.float32)
+    if "intrinsics" in record:
+        fx, fy, cx, cy = record["intrinsics"]
+        flipped["intrinsics"] = np.array([fx, fy, record["rgb"].shape[1] - cx, cy], np.float32)
+    if "caption" in record:
+        flipped["caption"] = _mirrored(record["caption"])
+    if "phrases" in record:
+        flipped["phrases"] = [(_mirrored(phrase), target) for phrase, target in record["phrases"]]
     return flipped
 
 
+def _mirrored(text: str) -> str:
+    return re.sub(r"\b(left|right)\b", lambda match: _SWAP_SIDES[match[0]], text)
+
+
 def crop(record: Record, top: int, left: int, height: int, width: int) -> Record:
-    """Cuts the same window out of every raster."""
-    return _map_rasters(record, lambda _, x: x[top : top + height, left : left + width])
+    """Cuts the same window out of every raster; the principal point in `intrinsics` follows."""
+    cropped = _map_rasters(record, lambda _, x: x[top : top + height, left : left + width])
+    if "intrinsics" in record:
+        cropped["intrinsics"] = record["intrinsics"] - np.array([0, 0, left, top], np.float32)
+    return cropped
 
 
 def random_window(
@@ -180,7 +201,8 @@ def rotate(record: Record, degrees: float) -> Record:
 
     Positive angles turn the content counter-clockwise. The largest centred window of the image's
     aspect that lies inside the rotated image remains. Depth and masks take the nearest pixel, the
-    image is bilinear; planar depth does not change, `normals` turn with the image.
+    image is bilinear. Planar depth does not change, `normals` (x right, y up) turn with the image,
+    and so does the principal point in `intrinsics`, whose focal lengths are taken to be equal.
     """
     rows, columns = record["rgb"].shape[:2]
     sine, cosine = abs(math.sin(math.radians(degrees))), abs(math.cos(math.radians(degrees)))
@@ -200,12 +222,17 @@ def rotate(record: Record, degrees: float) -> Record:
         return np.stack(channels, axis=-1).astype(raster.dtype)
 
     turned = _map_rasters(record, turn)
-    if "normals" in record:
-        # Image rows run downwards, and so does y of the camera frame: content that turns
-        # counter-clockwise turns by -angle in (x, y).
-        s, c = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
-        matrix = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]], np.float32)
-        turned["normals"] = turned["normals"] @ matrix.T
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    if "normals" in record:  # y points up
+        turned["normals"] = turned["normals"] @ np.array(
+            [[c, s, 0], [-s, c, 0], [0, 0, 1]], np.float32
+        )
+    if "intrinsics" in record:  # y points down, from the centre
+        fx, fy, cx, cy = record["intrinsics"]
+        x, y = cx - columns / 2, cy - rows / 2
+        turned["intrinsics"] = np.array(
+            [fx, fy, columns / 2 + c * x + s * y, rows / 2 - s * x + c * y], np.float32
+        )
     return crop(turned, (rows - height) // 2, (columns - width) // 2, height, width)
 
 
@@ -222,7 +249,11 @@ def resize(record: Record, resolution: tuple[int, int], *, rgb_resize: str = "an
             return resize_rgb(raster, resolution)
         return resize_nearest(raster, resolution)
 
-    return _map_rasters(record, to_size)
+    resized = _map_rasters(record, to_size)
+    if "intrinsics" in record:
+        y, x = np.array(resolution) / record["rgb"].shape[:2]
+        resized["intrinsics"] = (record["intrinsics"] * (x, y, x, y)).astype(np.float32)
+    return resized
 
 
 def resize_rgb(

@@ -99,9 +99,10 @@ def render(index: int, *, height: int = 96, width: int = 128, seed: int = 0) -> 
     parts = layout.builder.finish(1 + len(layout.recess_walls))
     view = _view(layout.camera, height, width)
     solids = to_camera(parts.solids, view)
-    buffers = _cast(parts, solids, view, layout)
-    s = surfels(buffers, solids, parts.inward)
-    radiance = shade(s, view, parts, solids, layout)
+    with np.errstate(invalid="ignore"):  # rays that miss a quadric have no root
+        buffers = _cast(parts, solids, view, layout)
+        s = surfels(buffers, solids, parts.inward)
+        radiance = shade(s, view, parts, solids, layout)
     rgb = develop(radiance, view, draws)
 
     instance = np.repeat(parts.instance, FACES).take(s.face).reshape(height, width)

@@ -1,10 +1,11 @@
 """Captions and referring phrases from the visible objects of a scene."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxpercept.data.scenes.builder import Thing
 from jaxpercept.data.scenes.palette import Draws
@@ -21,8 +22,13 @@ class Sight(NamedTuple):
     thing: Thing
     share: float  # of the picture's pixels
     x: float  # centroid, 0 left .. 1 right
-    y: float  # 0 top .. 1 bottom
     depth: float  # mean, metres
+
+
+@functools.lru_cache(4)
+def _columns(height: int, width: int) -> Float[np.ndarray, " n"]:
+    """The column of every pixel, flattened, in float64 as bincount wants its weights."""
+    return np.tile(np.arange(float(width)), height)
 
 
 def sights(
@@ -30,17 +36,16 @@ def sights(
 ) -> list[Sight]:
     """Visible things, largest first."""
     height, width = instance.shape
-    flat = instance.ravel()
-    count = np.bincount(flat, minlength=len(things) + 1)
-    rows = np.repeat(np.arange(height), width)
-    columns = np.tile(np.arange(width), height)
+    flat = instance.ravel().astype(np.intp)
+    count = np.bincount(flat, minlength=len(things) + 1).tolist()
+    columns = _columns(height, width)
     # Integer sums are exact; depth in millimetres.
-    sums = [np.bincount(flat, weights=part, minlength=len(things) + 1)
-            for part in (columns, rows, np.floor(depth.ravel() * 1000.0))]  # fmt: skip
+    sums = [np.bincount(flat, weights=part, minlength=len(things) + 1).tolist()
+            for part in (columns, np.floor(depth.ravel() * np.float32(1000.0)))]  # fmt: skip
     total = float(flat.size)
     found = [
         Sight(n + 1, things[n], count[n + 1] / total, (sums[0][n + 1] / count[n + 1] + 0.5) / width,
-              (sums[1][n + 1] / count[n + 1] + 0.5) / height, sums[2][n + 1] / count[n + 1] / 1000.0)
+              sums[1][n + 1] / count[n + 1] / 1000.0)
         for n in range(len(things))
         if count[n + 1]
     ]  # fmt: skip

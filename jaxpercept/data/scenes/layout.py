@@ -17,7 +17,7 @@ from jaxpercept.data.scenes.palette import (
     wood,
 )
 
-MAX_SOLIDS = 78
+MAX_SOLIDS = 84
 # Along the walls and in the middle of each kind of room: furniture and how likely it is.
 ROOMS: dict[str, tuple[float, dict[str, float], dict[str, float]]] = {
     "bedroom": (5, {"bed": 4, "nightstand": 3, "cabinet": 2.5, "wardrobe": 2, "desk": 1.2,
@@ -93,9 +93,9 @@ class _Composer:
         if self.kind == "corridor":
             return draws.between(1.1, 2.2), high, draws.between(4.0, 9.0)
         if self.kind == "bathroom":
-            return draws.between(1.6, 3.0), high, draws.between(2.0, 3.4)
+            return draws.between(1.7, 3.2), high, draws.between(2.2, 3.8)
         grow = draws.next()
-        return 2.6 + 3.4 * draws.next() * (0.4 + 0.6 * grow), high, 2.5 + 4.2 * grow * draws.next()
+        return 2.8 + 4.0 * draws.next() * (0.4 + 0.6 * grow), high, 3.0 + 5.0 * grow * draws.next()
 
     def _aim(self) -> None:
         draws = self.draws
@@ -131,7 +131,7 @@ class _Composer:
                    front=other, top=over, bottom=self.ground, structure=True)  # fmt: skip
         for face in self.facing():
             place, length = self.wall_place(face)
-            if draws.chance(0.3):
+            if draws.chance(0.42):
                 self._recess(face, place, length)
 
     def facing(self) -> list[int]:
@@ -238,7 +238,7 @@ class _Composer:
 
     def along_walls(self) -> None:
         draws, furniture = self.draws, ROOMS[self.kind][1]
-        density = draws.between(0.35, 1.0)
+        density = draws.between(0.55, 1.0)
         for face in self.facing():
             place, length = self.wall_place(face)
             at = draws.between(0.0, 0.6) - 0.5 * length
@@ -257,7 +257,7 @@ class _Composer:
                             draws.between(-0.2, 0.2), 0, dims[2] + draws.between(0.3, 0.6)
                         )
                         self.turned_put("chair", chair, 3.14 + draws.between(-0.5, 0.5))
-                at += draws.between(0.02, 0.6) + (0.5 if draws.chance(0.2) else 0.0)
+                at += draws.between(0.02, 0.45) + (0.5 if draws.chance(0.15) else 0.0)
 
     def turned_put(self, name: str, centre: Place, angle: float) -> bool:
         """Put furniture with its middle at `centre`, turned by `angle`."""
@@ -280,7 +280,7 @@ class _Composer:
             half = (draws.between(0.5, 1.3), draws.between(0.4, 1.0))
             if self.free(footprint(spot, *half), 0.0, -9.0):
                 props.rug(self.b, draws, spot, *half)
-        for _ in range(draws.whole(0, 5)):
+        for _ in range(draws.whole(1, 6)):
             name = draws.weighted(furniture)
             spot = self.spot_in_view(0.9, 4.2)
             if self.full:
@@ -347,7 +347,7 @@ class _Composer:
             props.curtains(self.b, draws, spot, half, draws.pick((0.05, low - 0.1)), top + 0.08)
         for face in self.facing():
             place, length = self.wall_place(face)
-            for _ in range(draws.whole(0, 3)):
+            for _ in range(draws.whole(1, 4)):
                 spot = place.at(draws.between(-0.45, 0.45) * length, 0, 0)
                 if not self.seen(spot.x, spot.z, 0.3) or self.full:
                     continue
@@ -420,7 +420,7 @@ class _Composer:
         else:
             self.along_walls()
             self.in_the_middle()
-        for _ in range(draws.whole(0, 3)):
+        for _ in range(draws.whole(0, 5)):
             self.floor_prop(self.spot_in_view(0.9, 3.5))
         self.on_walls()
         lights = self.ceiling_lights()
@@ -428,8 +428,8 @@ class _Composer:
             if self.full:
                 break
             if self.seen(surface.place.x, surface.place.z, 0.4):
-                props.clutter_surface(self.b, draws, surface, draws.whole(0, 4))
-        level = draws.between(0.1, 0.45)
+                props.clutter_surface(self.b, draws, surface, draws.whole(0, 5))
+        level = draws.between(0.06, 0.35)
         ambient = tuple(level * draws.between(0.85, 1.1) for _ in range(3))
         return Layout(
             self.kind, self.b, self.size, self.camera, lights, ambient, self.recess_walls,

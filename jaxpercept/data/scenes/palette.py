@@ -37,6 +37,8 @@ WOODS = (
 )  # fmt: skip
 WINDOW_LIGHT = ((214, 232, 250), (250, 250, 246), (250, 238, 214))
 
+_WORDS = tuple(COLOURS)
+
 
 class Draws:
     """A stream of random numbers in [0, 1) that depends on (seed, index) only."""
@@ -104,7 +106,6 @@ class Material(NamedTuple):
     fit: bool = False
     turn: bool = False  # swap u and v
     gloss: float = 0.0
-    bump: float = 0.1  # amplitude of the fine light and dark mottling
     glow: float = 0.0  # emitted light, as a multiple of the colour
 
 
@@ -112,19 +113,23 @@ Colour = tuple[float, float, float]
 
 
 def scaled(colour: Colour, factor: float) -> Colour:
-    return tuple(min(1.0, factor * part) for part in colour)
+    red, green, blue = colour
+    return min(1.0, factor * red), min(1.0, factor * green), min(1.0, factor * blue)
 
 
 def tint(draws: Draws, rgb: tuple[int, int, int], spread: float = 0.12) -> Colour:
     """The colour in linear light with a random brightness and a slight cast."""
-    level = draws.between(1 - 2 * spread, 1 + spread)
-    return tuple(
-        min(0.95, part * level * draws.between(1 - spread, 1 + spread)) for part in linear(rgb)
+    level, low, next_draw = draws.between(1 - 2 * spread, 1 + spread), 1 - spread, draws.next
+    red, green, blue = linear(rgb)
+    return (
+        min(0.95, red * level * (low + 2 * spread * next_draw())),
+        min(0.95, green * level * (low + 2 * spread * next_draw())),
+        min(0.95, blue * level * (low + 2 * spread * next_draw())),
     )
 
 
 def colour(draws: Draws, word: str | None = None) -> tuple[str, Colour]:
-    word = word or draws.pick(tuple(COLOURS))
+    word = word or draws.pick(_WORDS)
     return word, tint(draws, draws.pick(COLOURS[word]))
 
 
@@ -138,16 +143,15 @@ def paint(draws: Draws, word: str | None = None, *, vivid: bool = False, gloss=N
     """Plain lacquer, plastic or plaster."""
     word, base = colour(draws, word or draws.weighted(_VIVID if vivid else _NEUTRAL))
     gloss = draws.between(0.0, 0.3) if gloss is None else gloss
-    return Material(word, TILE["flat"], base, scaled(base, 0.7), base, 0.6, 0.6, gloss=gloss,
-                    bump=draws.between(0.02, 0.12))  # fmt: skip
+    return Material(word, TILE["flat"], base, scaled(base, draws.between(0.7, 0.95)), base, 0.6, 0.6,
+                    gloss=gloss)  # fmt: skip
 
 
 def wood(draws: Draws, rgb: tuple[int, int, int] | None = None) -> Material:
     base = tint(draws, rgb or draws.pick(WOODS), 0.15)
     size = draws.between(0.5, 1.2)
     return Material("wooden", TILE["wood"], base, scaled(base, draws.between(0.35, 0.8)), base,
-                    size, size, turn=draws.chance(0.5), gloss=draws.between(0.0, 0.35),
-                    bump=draws.between(0.03, 0.12))  # fmt: skip
+                    size, size, turn=draws.chance(0.5), gloss=draws.between(0.0, 0.35))  # fmt: skip
 
 
 def front(draws: Draws, body: Material, tile: str, across: float = 1.0, up: float = 1.0):
@@ -171,8 +175,7 @@ def fabric(draws: Draws, word: str | None = None, *, vivid: bool = True) -> Mate
         second = scaled(base, 0.5) if close else colour(draws, draws.weighted(_NEUTRAL))[1]
         third = scaled(base, 1.5) if close else colour(draws, draws.weighted(_VIVID))[1]
         size = draws.between(0.15, 1.2)
-    return Material(word, TILE[tile], base, second, third, size, size, turn=draws.chance(0.5),
-                    bump=draws.between(0.1, 0.35))  # fmt: skip
+    return Material(word, TILE[tile], base, second, third, size, size, turn=draws.chance(0.5))  # fmt: skip
 
 
 def stone(draws: Draws) -> Material:
@@ -184,14 +187,14 @@ def stone(draws: Draws) -> Material:
 
 def metal(draws: Draws) -> Material:
     word = draws.pick(("grey", "grey", "black", "white"))
-    return paint(draws, word, gloss=draws.between(0.4, 0.9))._replace(bump=0.05)
+    return paint(draws, word, gloss=draws.between(0.4, 0.9))
 
 
 def wall(draws: Draws) -> Material:
     word, rgb = draws.pick(WALLS)
     base = tint(draws, rgb, 0.06)
-    plain = Material(word, TILE["flat"], base, scaled(base, 0.85), base, 1.5, 1.5,
-                     bump=draws.between(0.0, 0.08))  # fmt: skip
+    plain = Material(word, TILE["flat"], base, scaled(base, draws.between(0.8, 1.0)),
+                     base, 1.5, 1.5)  # fmt: skip
     kind = draws.weighted({"flat": 8, "paper": 1, "wood": 0.6, "bricks": 0.5, "tiles": 0.8})
     if kind == "paper":
         tile = draws.pick(("stripes", "blobs", "cloud", "dots", "plaid"))
@@ -234,7 +237,7 @@ def floor(draws: Draws) -> Material:
     tile = draws.pick(("grain", "cloud", "grain", "weave")) if kind == "carpet" else "flat"
     size = draws.between(0.5, 1.5)
     return Material(word, TILE[tile], base, scaled(base, draws.between(0.55, 0.85)),
-                    scaled(base, draws.between(0.8, 1.2)), size, size, bump=0.2)  # fmt: skip
+                    scaled(base, draws.between(0.8, 1.2)), size, size)  # fmt: skip
 
 
 def light_panel(draws: Draws, tile: str, glow: float) -> Material:
@@ -244,7 +247,7 @@ def light_panel(draws: Draws, tile: str, glow: float) -> Material:
     bars = colour(draws, draws.pick(("white", "white", "brown", "grey")))[1]
     if tile == "blinds":
         view = scaled(base, 0.35)
-    return Material("white", TILE[tile], base, view, bars, fit=True, bump=0.0, glow=glow)
+    return Material("white", TILE[tile], base, view, bars, fit=True, glow=glow)
 
 
 def picture(draws: Draws, tile: str | None = None) -> Material:
@@ -253,7 +256,7 @@ def picture(draws: Draws, tile: str | None = None) -> Material:
     tile = tile or draws.pick(("landscape", "poster", "clutter", "blobs", "landscape"))
     return Material(words[0][0], TILE[tile], words[0][1], words[1][1], words[2][1], fit=True,
                     size_u=0.5 if tile == "clutter" else 1.0, size_v=0.5 if tile == "clutter" else 1.0,
-                    gloss=draws.between(0, 0.3), bump=0.03)  # fmt: skip
+                    gloss=draws.between(0, 0.3))  # fmt: skip
 
 
 def clutter(draws: Draws, tile: str) -> Material:
@@ -261,4 +264,4 @@ def clutter(draws: Draws, tile: str) -> Material:
     words = [colour(draws, draws.weighted(_VIVID)) for _ in range(2)]
     dark = colour(draws, "black")[1] if tile == "books" else colour(draws)[1]
     size = draws.between(0.5, 1.0)
-    return Material(words[0][0], TILE[tile], words[0][1], words[1][1], dark, size, size, bump=0.1)
+    return Material(words[0][0], TILE[tile], words[0][1], words[1][1], dark, size, size)

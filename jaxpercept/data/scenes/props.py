@@ -77,10 +77,7 @@ def prop(b: Builder, draws: Draws, kind: str, place: Place, size: float, on: str
         b.cylinder(0, 0, 0, 0.3 * x, 0.9 * y, material, ELLIPSOID)
         b.cylinder(0, 0.8 * y, 0, 0.1 * x, 0.25 * y, material, cone(1.5))
     elif kind == "plant":
-        leaves = [
-            fabric(draws, "green")._replace(bump=0.5, word="green")
-            for _ in range(draws.whole(2, 5))
-        ]
+        leaves = [fabric(draws, "green")._replace(word="green") for _ in range(draws.whole(2, 5))]
         b.cylinder(0, 0, 0, 0.3 * x, 0.45 * y, material, cone(1.4))
         for leaf in leaves:
             part = 0.28 * draws.between(0.5, 1.2)

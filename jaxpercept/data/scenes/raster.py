@@ -20,12 +20,12 @@ FACES = 7  # face numbers per solid: -x, +x, -y, +y, -z, +z, curved
 CURVED = 6
 OPENING = 5  # a recess opens with its +z face
 NEAR = 0.05  # metres; edges of the bounding boxes are clipped here
-_SIGNS = np.array(
-    [[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)]
-)  # fmt: skip
-_EDGES = np.array(
+_MARGIN = np.array([[-1.0], [2.0], [-1.0], [2.0]])  # pixels around a rectangle
+_CORNER = np.arange(8)
+_SIGNS = np.stack([(_CORNER >> bit & 1) * 2.0 - 1.0 for bit in range(3)])[:, :, None]
+_FROM, _TO = np.array(
     [(a, b) for a in range(8) for b in range(a + 1, 8) if (a ^ b) in (1, 2, 4)]
-)  # fmt: skip
+).T  # the twelve edges
 
 
 class View(NamedTuple):
@@ -74,52 +74,66 @@ def to_camera(solids: Solids, view: View) -> Solids:
 
 def bound(solids: Solids, view: View) -> Bounds:
     """Plane bounds and clipped bounding rectangles of solids in camera coordinates (float64)."""
-    along = (solids.axes * solids.centre[:, None, :]).sum(-1)
-    offset = np.empty((len(along), 6))
-    offset[:, 0::2] = solids.half - along
-    offset[:, 1::2] = solids.half + along
-    offset = np.where(np.abs(offset) < 1e-4, 1e-4, offset)
-    plane = np.repeat(solids.axes, 2, axis=1)
-    plane[:, 0::2] *= -1.0
-    plane /= offset[:, :, None]
-    inside = offset > 0
+    # Solids run along the last axis here: long inner loops.
+    axes = np.ascontiguousarray(solids.axes.transpose(1, 2, 0))
+    centre, half = solids.centre.T.copy(), solids.half.T.copy()
+    along = axes[:, 0] * centre[0] + axes[:, 1] * centre[1] + axes[:, 2] * centre[2]
+    offset = np.stack([half - along, half + along], axis=1)
+    offset[np.abs(offset) < 1e-4] = 1e-4
+    inverse = 1.0 / offset
+    plane = np.empty((3, 2, *axes.shape[1:]))
+    np.multiply(axes, -inverse[:, 0, None], out=plane[:, 0])
+    np.multiply(axes, inverse[:, 1, None], out=plane[:, 1])
+    inside = offset.reshape(6, -1).T > 0
     face = np.argsort(inside, axis=1, kind="stable")
-    plane = np.take_along_axis(plane, face[:, :, None], axis=1)
-    return Bounds(plane, face, 6 - inside.sum(1), _rectangles(solids, view))
+    ordered = plane.reshape(6, 3, -1)[face, :, np.arange(len(face))[:, None]]
+    return Bounds(ordered, face, 6 - inside.sum(1), _rectangles(axes, centre, half, view))
 
 
-def _rectangles(solids: Solids, view: View) -> Int[np.ndarray, "n 4"]:
-    scaled = solids.axes * solids.half[:, :, None]
-    corners = solids.centre[:, None, :] + (
-        _SIGNS[:, 0:1] * scaled[:, None, 0]
-        + _SIGNS[:, 1:2] * scaled[:, None, 1]
-        + _SIGNS[:, 2:3] * scaled[:, None, 2]
+def _rectangles(
+    axes: Float[np.ndarray, "3 3 n"], centre: Float[np.ndarray, "3 n"],
+    half: Float[np.ndarray, "3 n"], view: View,
+) -> Int[np.ndarray, "n 4"]:  # fmt: skip
+    """Pixel rectangles around the part of every solid that lies beyond the near plane."""
+    reach = axes * half[:, None]
+    x, y, z = (
+        centre[k] + _SIGNS[0] * reach[0, k] + _SIGNS[1] * reach[1, k] + _SIGNS[2] * reach[2, k]
+        for k in range(3)
     )
-    behind = corners[:, :, 2] < NEAR
-    if behind.any():
+    ahead = z >= NEAR
+    rect = _extent(x, y, np.maximum(z, NEAR), ahead, view)
+    some = np.flatnonzero(ahead.any(0) & ~ahead.all(0))
+    if some.size:
         # Where an edge crosses the near plane, its crossing replaces the end behind it.
-        a, b = corners[:, _EDGES[:, 0]], corners[:, _EDGES[:, 1]]
-        depth_a, depth_b = a[:, :, 2:], b[:, :, 2:]
-        crosses = (depth_a < NEAR) != (depth_b < NEAR)
-        part = (NEAR - depth_a) / np.where(crosses, depth_b - depth_a, 1.0)
-        cut = a + (b - a) * part
-        points = np.concatenate([corners, cut], axis=1)
-        seen = np.concatenate([~behind, crosses[:, :, 0]], axis=1)
-    else:
-        points, seen = corners, ~behind
-    depth = np.maximum(points[:, :, 2], NEAR * 0.999)
-    column = points[:, :, 0] / depth * view.focal[0] + view.centre[0]
-    row = view.centre[1] - points[:, :, 1] / depth * view.focal[1]
+        x, y, z = x[:, some], y[:, some], z[:, some]
+        za, zb = z[_FROM], z[_TO]
+        crosses = (za < NEAR) != (zb < NEAR)
+        part = (NEAR - za) / np.where(crosses, zb - za, 1.0)
+        xa, ya = x[_FROM], y[_FROM]
+        cut = _extent(xa + (x[_TO] - xa) * part, ya + (y[_TO] - ya) * part, NEAR, crosses, view)
+        rect[0::2, some] = np.minimum(rect[0::2, some], cut[0::2])
+        rect[1::2, some] = np.maximum(rect[1::2, some], cut[1::2])
+    rect += _MARGIN
     height, width = len(view.v), len(view.u)
-    rect = np.empty((len(points), 4))
-    rect[:, 0] = np.where(seen, row, 1e6).min(1) - 1.0
-    rect[:, 1] = np.where(seen, row, -1e6).max(1) + 2.0
-    rect[:, 2] = np.where(seen, column, 1e6).min(1) - 1.0
-    rect[:, 3] = np.where(seen, column, -1e6).max(1) + 2.0
-    rect[:, :2] = np.clip(rect[:, :2], 0, height)
-    rect[:, 2:] = np.clip(rect[:, 2:], 0, width)
-    rect[rect[:, 2] >= rect[:, 3], 1] = 0
-    return rect.astype(np.int64)
+    np.maximum(rect, 0, out=rect)
+    np.minimum(rect[:2], height, out=rect[:2])
+    np.minimum(rect[2:], width, out=rect[2:])
+    rect[1, rect[2] >= rect[3]] = 0
+    return rect.T.astype(np.int64)
+
+
+def _extent(x, y, z, seen: Bool[np.ndarray, "p n"], view: View) -> Float[np.ndarray, "4 n"]:
+    """Least and greatest row, least and greatest column of the points that are `seen`."""
+    column = x / z * view.focal[0] + view.centre[0]
+    row = view.centre[1] - y / z * view.focal[1]
+    rect = np.empty((4, x.shape[1]))
+    for at, value in ((0, row), (2, column)):
+        low, high = value, value
+        if not seen.all():
+            low, high = np.where(seen, value, 1e6), np.where(seen, value, -1e6)
+        np.minimum.reduce(low, out=rect[at])
+        np.maximum.reduce(high, out=rect[at + 1])
+    return rect
 
 
 class Buffers:
@@ -140,11 +154,13 @@ class Buffers:
     def room(self, bounds: Bounds, first: int) -> None:
         """Fill the buffers with the inside of solid 0 of `bounds`, which holds the camera."""
         rows, columns = self._sides(Bounds(*(part[:1] for part in bounds)))
+        ahead = (rows[0].max((1, 2)) + columns[0].max((1, 2)) > 0).tolist()
         for number in range(6):
-            w = rows[0, number] + columns[0, number]
-            nearer = w > self.w
-            np.copyto(self.w, w, where=nearer)
-            np.copyto(self.face, first * FACES + int(bounds.face[0, number]), where=nearer)
+            if ahead[number]:
+                w = rows[0, number] + columns[0, number]
+                face = first * FACES + int(bounds.face[0, number])
+                np.copyto(self.face, face, where=w > self.w)
+                np.maximum(self.w, w, out=self.w)
 
     def recesses(self, bounds: Bounds, first: int, walls: list[int]) -> None:
         """Cut the insides of boxes into walls: box k opens with its +z face on room face `walls[k]`.
@@ -193,6 +209,8 @@ class Buffers:
             target = self.w[row0:row1, col0:col1]
             hit = high >= low
             hit &= high > target
+            if not hit.any():
+                continue
             np.copyto(target, high, where=hit)
             if not faces:
                 continue
@@ -206,38 +224,33 @@ class Buffers:
     def _quadric(
         self, solids: Solids, number: int, row0: int, row1: int, col0: int, col1: int
     ) -> tuple[Float[np.ndarray, "a b"], Float[np.ndarray, "a b"]]:
-        """The interval of w inside the quadric: (greatest, least); empty = (-1, 1)."""
+        """The interval of w inside the quadric: (greatest, least), NaN if empty."""
         scaled = solids.axes[number] / solids.radii[number][:, None]
         origin = -(scaled * solids.centre[number]).sum(-1)
         _, k2, k1, k0 = solids.quadric[number].tolist()
-        u, v = self.view.u[col0:col1], self.view.v[row0:row1, None]
-        s = scaled.astype(np.float32)
-        dx = (s[0, 1] * v + s[0, 2]) + s[0, 0] * u
-        dy = (s[1, 1] * v + s[1, 2]) + s[1, 0] * u
-        dz = (s[2, 1] * v + s[2, 2]) + s[2, 0] * u
         ox, oy, oz = origin.tolist()
         constant = ox * ox + oz * oz + k2 * oy * oy + k1 * oy + k0
         if abs(constant) < 1e-6:
             constant = 1e-6
         linear = ox * scaled[0] + oz * scaled[2] + (k2 * oy + 0.5 * k1) * scaled[1]
-        q = (linear / constant).astype(np.float32)
-        half = (q[1] * v + q[2]) + q[0] * u
-        square = dx * dx + dz * dz
-        if k2:
-            square += np.float32(k2) * (dy * dy)
-        inner = half * half - square * np.float32(1.0 / constant)
-        root = np.sqrt(np.maximum(inner, 0))
-        missed = inner < 0
+        b = (linear / constant).tolist()
+        # The discriminant is a quadratic polynomial of (u, v): its six coefficients, exactly.
+        (x0, x1, x2), (y0, y1, y2), (z0, z1, z2) = scaled.tolist()
+        c = 1.0 / constant
+        uu = b[0] * b[0] - c * (x0 * x0 + z0 * z0 + k2 * y0 * y0)
+        vv = b[1] * b[1] - c * (x1 * x1 + z1 * z1 + k2 * y1 * y1)
+        uv = 2.0 * (b[0] * b[1] - c * (x0 * x1 + z0 * z1 + k2 * y0 * y1))
+        u1 = 2.0 * (b[0] * b[2] - c * (x0 * x2 + z0 * z2 + k2 * y0 * y2))
+        v1 = 2.0 * (b[1] * b[2] - c * (x1 * x2 + z1 * z2 + k2 * y1 * y2))
+        one = b[2] * b[2] - c * (x2 * x2 + z2 * z2 + k2 * y2 * y2)
+        f = np.float32
+        u, v = self.view.u[col0:col1], self.view.v[row0:row1, None]
+        half = (f(b[1]) * v + f(b[2])) + f(b[0]) * u
+        inner = v * (f(uv) * u)
+        inner += (f(vv) * v + f(v1)) * v + f(one)
+        inner += (f(uu) * u + f(u1)) * u
+        root = np.sqrt(inner)  # not a number, and so never a hit, where the ray misses
         # A camera inside the cone's other half (constant < 0): only the far sheet is an entry.
         if constant > 0:
-            near, far = root - half, -root - half
-        else:
-            near, far = -root - half, np.zeros_like(root)
-        np.copyto(near, np.float32(-1.0), where=missed)
-        np.copyto(far, np.float32(1.0), where=missed)
-        return near, far
-
-
-def hidden(w: Float[np.ndarray, "h w"], at_w: np.ndarray) -> Bool[np.ndarray, "..."]:
-    """Whether a surface at inverse depth `at_w` lies behind the buffer's."""
-    return w > at_w
+            return root - half, -root - half
+        return -root - half, np.zeros_like(root)

@@ -25,14 +25,13 @@ from jaxpercept.data.scenes.raster import (
 from jaxpercept.data.scenes.textures import (
     LEVELS,
     SIZE,
-    TILE,
     atlas,
     gaussian_tile,
     tone_curve,
 )
 
-SHADOW_SIZE = 96
-GROUND_CELLS = 96
+SHADOW_SIZE = 88
+GROUND_CELLS = 64
 _U_AXIS, _V_AXIS = np.array([2, 2, 0, 0, 0, 0, 0]), np.array([1, 1, 2, 2, 1, 1, 1])
 f32 = np.float32
 
@@ -61,9 +60,9 @@ def surfels(buffers: Buffers, solids: Solids, inward: int) -> Surfels:
     """Positions and exact unit normals of what the buffers show."""
     z = f32(1.0) / buffers.w
     x, y = buffers.view.u * z, buffers.view.v[:, None] * z
-    x, y, z, face = x.ravel(), y.ravel(), z.ravel(), buffers.face.ravel()
+    x, y, z, face = x.ravel(), y.ravel(), z.ravel(), buffers.face.ravel().astype(np.intp)
     table = normal_table(solids, inward).astype(f32).reshape(-1, 3)
-    nx, ny, nz = (np.ascontiguousarray(table[:, k]).take(face) for k in range(3))
+    nx, ny, nz = (np.ascontiguousarray(table[:, k]).take(face, mode="clip") for k in range(3))
     if (solids.quadric[:, 0] > 0).any():
         curved = np.flatnonzero(face % FACES == CURVED)
         if curved.size:
@@ -91,45 +90,54 @@ def _curved_normals(solids: Solids, owner, x, y, z) -> tuple[np.ndarray, ...]:
     return gx * inverse, gy * inverse, gz * inverse
 
 
+def _along(view: View, z: Float[np.ndarray, " n"], direction) -> Float[np.ndarray, " n"]:
+    """direction . position of every pixel: affine in (u, v), times the depth."""
+    a, b, c = (f32(part) for part in direction)
+    return ((view.v[:, None] * b + c) + view.u * a).ravel() * z
+
+
 def _surface_table(
     parts: Parts, solids: Solids, layout: Layout, focal: float
-) -> Float[np.ndarray, "22 faces"]:
-    """Per face: texture axes u (4), v (4), footprint, colours (9), tile, bump, gloss, glow."""
+) -> Float[np.ndarray, "21 faces"]:
+    """Per face: texture axes u (4), v (4), footprint, colours (9), tile, gloss, glow."""
+    material = np.array(
+        [(*m.first, *m.second, *m.third, m.size_u, m.size_v, m.fit, m.turn, m.tile, m.gloss,
+          m.glow) for m in layout.builder.materials]
+    ).T.take(parts.material.ravel(), axis=1)  # fmt: skip
     count = len(solids.centre)
-    rows = np.array(
-        [(*m.first, *m.second, *m.third, m.size_u, m.size_v, m.fit, m.turn, m.tile, m.bump,
-          m.gloss, m.glow) for m in layout.builder.materials]
-    )[parts.material]  # fmt: skip
-    fit, turn = rows[..., 11] > 0, rows[..., 12] > 0
-    along_u = np.where(turn & ~fit, _V_AXIS, _U_AXIS)
-    along_v = np.where(turn & ~fit, _U_AXIS, _V_AXIS)
-    solid = np.arange(count)[:, None]
-    table = np.empty((count, FACES, 22))
-    for at, along, size in ((0, along_u, rows[..., 9]), (4, along_v, rows[..., 10])):
-        span = np.where(fit, 2.0 * solids.half[solid, along] / size, size)
-        direction = solids.axes[solid, along] / span[..., None]
-        table[..., at : at + 3] = direction
-        start = np.where(fit, 0.5 * size, (solid * 0.37 + 0.11 * at) % 1.0)
-        table[..., at + 3] = start - (direction * solids.centre[:, None, :]).sum(-1)
-    reach = np.maximum(
-        np.abs(table[..., 0:3]).max(-1), np.abs(table[..., 4:7]).max(-1)
-    )  # fmt: skip
-    table[..., 8] = reach * (1.4 * SIZE / focal)
-    table[..., 9:12] = rows[..., 0:3]
-    table[..., 12:15] = rows[..., 3:6] - rows[..., 0:3]
-    table[..., 15:18] = rows[..., 6:9] - rows[..., 0:3]
-    table[..., 18] = rows[..., 13]
-    table[..., 19:22] = rows[..., 14:17]
+    fit = material[11] > 0
+    swap = np.flatnonzero((material[12] > 0) & ~fit)
+    along_u, along_v = np.tile(_U_AXIS, count), np.tile(_V_AXIS, count)
+    along_u[swap], along_v[swap] = along_v[swap], along_u[swap]
+    base = np.repeat(np.arange(count) * 3, FACES)
+    axes, half = solids.axes.reshape(-1, 3).T, solids.half.ravel()
+    centre = np.repeat(solids.centre.T, FACES, axis=1)
+    table = np.empty((21, count * FACES))
+    table[8] = 0
+    for at, along, size in ((0, base + along_u, material[9]), (4, base + along_v, material[10])):
+        per_metre = 1.0 / np.where(fit, 2.0 * half.take(along) / size, size)
+        start = np.where(fit, 0.5 * size, (base * 0.123 + 0.11 * at) % 1.0)
+        for k in range(3):
+            part = axes[k].take(along) * per_metre
+            table[at + k] = part
+            start -= part * centre[k]
+        table[at + 3] = start
+        np.maximum(table[8], per_metre, out=table[8])
+    table[8] *= 1.2 * SIZE / focal
+    table[9:12] = material[0:3]
+    table[12:15] = material[3:6] - material[0:3]
+    table[15:18] = material[6:9] - material[0:3]
+    table[18:21] = material[13:16]
     # What lies beyond a doorway is lit by other lamps: mostly darker, seldom brighter.
     for number in range(1, parts.inward):
-        table[number, :, 9:18] *= layout.recess_light[number - 1]
-    return np.ascontiguousarray(table.reshape(-1, 22).T.astype(f32))
+        table[9:18, number * FACES : (number + 1) * FACES] *= layout.recess_light[number - 1]
+    return table.astype(f32)
 
 
-def _texture(s: Surfels, table: np.ndarray, cosine: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Albedo [3][n] and the mottling factor [n], with mip levels from the pixel footprint."""
+def _texture(s: Surfels, table: np.ndarray, cosine: np.ndarray) -> list[np.ndarray]:
+    """Albedo [3][n], with mip levels from the pixel footprint."""
     tiles = atlas()
-    rows = [table[k].take(s.face) for k in range(19)]
+    rows = [table[k].take(s.face, mode="clip") for k in range(19)]
     u = rows[0] * s.x + rows[1] * s.y + rows[2] * s.z + rows[3]
     v = rows[4] * s.x + rows[5] * s.y + rows[6] * s.z + rows[7]
     footprint = np.maximum(rows[8] * s.z / np.maximum(cosine, f32(0.2)), f32(1.0))
@@ -139,17 +147,13 @@ def _texture(s: Surfels, table: np.ndarray, cosine: np.ndarray) -> tuple[np.ndar
     mask = size - 1
     column = np.floor(u * size_f).astype(np.int32) & mask
     row = np.floor(v * size_f).astype(np.int32) & mask
-    at = tiles.start.ravel().take(rows[18].astype(np.int32) * LEVELS + level)
-    at = at + row * size + column
-    second, third = tiles.second.take(at), tiles.third.take(at)
+    at = tiles.start.ravel().take(rows[18].astype(np.int32) * LEVELS + level, mode="clip")
+    at = (at + row * size + column).astype(np.intp)
+    second, third = tiles.second.take(at, mode="clip"), tiles.third.take(at, mode="clip")
     albedo = [
         rows[9 + k] + rows[12 + k] * second + rows[15 + k] * third for k in range(3)
     ]  # fmt: skip
-    detail = f32(0.43) * size_f
-    column = np.floor((u + v) * detail).astype(np.int32) & mask
-    row = np.floor((v - u) * detail).astype(np.int32) & mask
-    at = tiles.start[TILE["cloud"]].take(level) + row * size + column
-    return albedo, tiles.second.take(at) - f32(0.5)
+    return albedo
 
 
 def _light_view(light: Light, layout: Layout) -> View:
@@ -182,25 +186,32 @@ def _shadow(s: Surfels, view: View, parts: Parts, layout: Layout) -> Float[np.nd
     """1 where the first light reaches the pixel, 0 in cast shadow, soft at the edges."""
     light = _light_view(layout.lights[0], layout)
     world = Solids(*(part[parts.inward :] for part in parts.solids))
+    # Legs and trinkets cast no shadow worth its time; soft edges may cast hard ones.
+    extent = np.sort(world.half, axis=1)
+    world = Solids(*(part[(extent[:, 1] > 0.035) & (extent[:, 2] > 0.09)] for part in world))
     seen = to_camera(world, light)
+    round_shape = (seen.radii <= seen.half).all(1)
+    seen.quadric[:, 0] *= round_shape
     buffers = Buffers(light)
     buffers.solids(bound(seen, light), seen, 0, faces=False)
     depth = buffers.w
     depth[0], depth[-1], depth[:, 0], depth[:, -1] = 0, 0, 0, 0
     turn = multiply(light.rotation, view.rotation).astype(f32)
     shift = multiply((view.position - light.position)[None], light.rotation)[0].astype(f32)
-    x, y, z = (a + n * f32(0.02) for a, n in ((s.x, s.nx), (s.y, s.ny), (s.z, s.nz)))
+    shape = (len(view.v), len(view.u))
+    x, y, z = (
+        (a.reshape(shape)[::2, ::2] + n.reshape(shape)[::2, ::2] * f32(0.02))
+        for a, n in ((s.x, s.nx), (s.y, s.ny), (s.z, s.nz))
+    )
     lx, ly, lz = (turn[k, 0] * x + turn[k, 1] * y + (turn[k, 2] * z + shift[k]) for k in range(3))
     w = f32(1.0) / np.maximum(lz, f32(0.05))
     half = f32(0.5 * SHADOW_SIZE)
-    column = lx * w * f32(light.focal[0]) + half
-    row = half - ly * w * f32(light.focal[1])
-    np.clip(column, 0, SHADOW_SIZE - 1, out=column)
-    np.clip(row, 0, SHADOW_SIZE - 1, out=row)
-    at = row.astype(np.int32) * SHADOW_SIZE + column.astype(np.int32)
-    lit = (depth.ravel().take(at) <= w * f32(1.04)).astype(f32)
-    shape = (len(view.v), len(view.u))
-    return _blur(lit.reshape(1, *shape), 0.33)[0].ravel()
+    column = np.clip(lx * w * f32(light.focal[0]) + half, 0, SHADOW_SIZE - 1)
+    row = np.clip(half - ly * w * f32(light.focal[1]), 0, SHADOW_SIZE - 1)
+    at = row.astype(np.intp) * SHADOW_SIZE + column.astype(np.intp)
+    lit = (depth.ravel().take(at, mode="clip") <= w * f32(1.04)).astype(f32)
+    lit = _blur(lit[None], 0.25)[0].repeat(2, axis=0).repeat(2, axis=1)
+    return lit[: shape[0], : shape[1]].ravel()
 
 
 def _blur(image: Float[np.ndarray, "c h w"], side: float) -> Float[np.ndarray, "c h w"]:
@@ -224,37 +235,40 @@ def _blur(image: Float[np.ndarray, "c h w"], side: float) -> Float[np.ndarray, "
 def _occlusion(s: Surfels, view: View, parts: Parts, layout: Layout) -> np.ndarray:
     """How open the surroundings are: corners of the room and the floor near things are darker."""
     turn, (ox, oy, oz) = view.rotation.astype(f32), view.position.tolist()
-    open_part = None
-    for axis, origin, size in ((0, ox, layout.size[0]), (1, oy, layout.size[1]),
-                               (2, oz, layout.size[2])):  # fmt: skip
+    reach, strength = 0.22, 0.75
+    # Between two walls at distances p and q, with p + q = K counted from `reach` behind each, and
+    # n the normal's part along the axis: (1/2 - n)/p + (1/2 + n)/q = (K/2 + n (p - q)) / (p q).
+    factors, across, normal = [], [], []
+    for axis, origin, size in zip(range(3), (ox, oy, oz), layout.size, strict=True):
         r = turn[:, axis]
-        at = r[0] * s.x + r[1] * s.y + (r[2] * s.z + f32(origin))
-        n = f32(0.5) * (r[0] * s.nx + r[1] * s.ny + r[2] * s.nz)
-        reach = f32(0.22)
-        near = (f32(0.5) - n) * reach / (np.maximum(at, 0) + reach)
-        near += (f32(0.5) + n) * reach / (np.maximum(f32(size) - at, 0) + reach)
-        part = f32(1.0) - f32(0.75) * near
-        open_part = part if open_part is None else open_part * part
-        if axis == 0:
-            world_x = at
-        elif axis == 2:
-            world_z = at
-        else:
-            upward = n
+        at = _along(view, s.z, r) + f32(origin - 0.5 * size)
+        n = r[0] * s.nx + r[1] * s.ny + r[2] * s.nz
+        span = 0.5 * size + reach
+        product = np.maximum(f32(span * span) - at * at, f32(reach * (size + reach)))
+        factors.append(
+            f32(1.0) - (f32(strength * reach * span) + f32(strength * reach) * n * at) / product
+        )
+        across.append(at)
+        normal.append(n)
+    open_part = factors[0] * factors[1] * factors[2]
     ground = np.flatnonzero(s.face == 2)
     if ground.size and parts.inward < len(parts.instance):
         cover = ground_map(parts, (layout.size[0], layout.size[2]), GROUND_CELLS)
-        for step in (1, 2, 4):
-            for axis in (0, 1):
-                cover = f32(0.5) * cover + f32(0.25) * (
-                    np.roll(cover, step, axis) + np.roll(cover, -step, axis)
-                )
-        column = world_x[ground] * f32(GROUND_CELLS / layout.size[0])
-        row = world_z[ground] * f32(GROUND_CELLS / layout.size[2])
+        for step in (1, 2, 3):
+            for _ in range(2):
+                spread = f32(0.5) * cover
+                cover *= f32(0.25)
+                spread[step:] += cover[:-step]
+                spread[:-step] += cover[step:]
+                cover = spread.T
+        row, column = (
+            (across[k].take(ground) + f32(0.5 * layout.size[k])) * f32(GROUND_CELLS / layout.size[k])
+            for k in (2, 0)
+        )
         at = np.clip(row, 0, GROUND_CELLS - 1).astype(np.int32) * GROUND_CELLS
         at += np.clip(column, 0, GROUND_CELLS - 1).astype(np.int32)
-        open_part[ground] *= f32(1.0) - f32(0.7) * cover.ravel().take(at)
-    return open_part, upward
+        open_part[ground] *= f32(1.0) - f32(0.7) * cover.ravel().take(at, mode="clip")
+    return open_part, normal[1]
 
 
 def shade(
@@ -262,39 +276,47 @@ def shade(
 ) -> Float[np.ndarray, "3 n"]:
     """Linear radiance of every pixel."""
     table = _surface_table(parts, solids, layout, view.focal[0])
-    inverse = np.sqrt(s.x * s.x + s.y * s.y + s.z * s.z)
-    np.divide(f32(1.0), inverse, out=inverse)
-    facing = -(s.nx * s.x + s.ny * s.y + s.nz * s.z) * inverse
-    albedo, mottle = _texture(s, table, facing)
-    bump, gloss, glow = (table[k].take(s.face) for k in (19, 20, 21))
+    distance = s.z * s.z * (((view.v * view.v)[:, None] + f32(1.0)) + view.u * view.u).ravel()
+    inverse = f32(1.0) / np.sqrt(distance)
+    across = s.nx * s.x + s.ny * s.y + s.nz * s.z
+    facing = across * -inverse
+    albedo = _texture(s, table, facing)
+    gloss = table[19].take(s.face, mode="clip")
     is_open, upward = _occlusion(s, view, parts, layout)
-    is_open *= f32(1.0) + bump * mottle
-    ambient = (f32(0.85) + f32(0.3) * upward) * is_open
+    ambient = (f32(0.85) + f32(0.15) * upward) * is_open
+    is_open *= f32(0.65)
+    is_open += f32(0.35)
     light_sum = [ambient * f32(part) for part in layout.ambient]
-    shine = None
     for number, light in enumerate(layout.lights):
+        # With l the light's and p the pixel's position: |l - p|^2 and n.(l - p), expanded.
         at = multiply((np.array(light.position) - view.position)[None], view.rotation)[0]
-        lx, ly, lz = f32(at[0]) - s.x, f32(at[1]) - s.y, f32(at[2]) - s.z
-        square = lx * lx + ly * ly + lz * lz
-        near = f32(1.0) / np.sqrt(square)
-        incidence = s.nx * lx + s.ny * ly + s.nz * lz
+        toward = _along(view, s.z, at)
+        square = distance - f32(2.0) * toward + f32((at * at).sum())
+        near = f32(1.0) / np.sqrt(np.maximum(square, f32(0.01)))
+        a, b, c = at.astype(f32)
+        incidence = a * s.nx + b * s.ny + c * s.nz - across
         reach = f32(light.falloff * light.falloff)
         power = np.maximum(incidence, 0) * near * (reach / (square + reach))
+        power *= is_open
         if number == 0:
-            blocked = _shadow(s, view, parts, layout)
-            power *= f32(0.12) + f32(0.88) * blocked
-            # Mirror direction . light direction = 2 (n.l)(n.v) - l.v
-            mirror = f32(2.0) * incidence * facing + (lx * s.x + ly * s.y + lz * s.z) * inverse
-            mirror = np.maximum(mirror * near, 0)
+            lit = _shadow(s, view, parts, layout)
+            # Mirror direction . light direction = 2 (n.l)(n.v) - l.v; the floor keeps the
+            # sixteenth power out of the slow subnormal numbers.
+            mirror = f32(2.0) * incidence * facing + (toward - distance) * inverse
+            mirror = np.maximum(mirror * near, f32(0.1))
             for _ in range(4):
                 mirror *= mirror
-            shine = mirror * gloss * blocked
-        power *= f32(0.35) + f32(0.65) * is_open
+            shine = mirror * gloss * lit
+            power *= f32(0.12) + f32(0.88) * lit
         for k in range(3):
             light_sum[k] += power * f32(light.colour[k])
     radiance = np.empty((3, s.x.size), f32)
+    glow = table[20].take(s.face, mode="clip") if table[20].any() else None
     for k in range(3):
-        radiance[k] = albedo[k] * (light_sum[k] + glow) + shine
+        if glow is not None:
+            light_sum[k] += glow
+        np.multiply(albedo[k], light_sum[k], out=radiance[k])
+        radiance[k] += shine
     return radiance
 
 
@@ -308,23 +330,29 @@ def develop(
     steps = np.minimum(green * f32(1024.0), f32(8192.0)).astype(np.int32)
     mean = int(steps.sum()) / steps.size + 1.0
     mean = int(np.minimum(steps, int(2.0 * mean)).sum()) / steps.size + 1.0
-    exposure = draws.between(0.11, 0.34) * 1024.0 / mean
+    exposure = draws.between(0.1, 0.4) * 1024.0 / mean
     warm = draws.between(-0.12, 0.2)
     gains = (exposure * (1.0 + warm), exposure, exposure * (1.0 - warm))
     fall = f32(draws.between(0.0, 0.35))
     vignette = f32(1.0) - fall * (view.u * view.u + (view.v * view.v)[:, None])
     image = radiance.reshape(3, height, width)
-    image = np.minimum(image * (vignette * np.array(gains, f32)[:, None, None]), f32(1.5))
-    image = _blur(image, draws.between(0.08, 0.24))
+    gains = np.array([4096.0 * gain for gain in gains], f32)[:, None, None]
+    image = np.minimum(image * (vignette * gains), f32(1.5 * 4096.0))
+    image = _blur(image, draws.between(0.12, 0.25))
     curve = tone_curve(draws.whole(0, 6), draws.whole(0, 6))
-    image = curve.take((np.minimum(image, f32(0.9999)) * f32(4096.0)).astype(np.int32))
+    image = curve.take(image.astype(np.intp), mode="clip")
     grain = gaussian_tile()
     rows, columns = draws.whole(0, 511), draws.whole(0, 511)
     level = draws.between(0.3, 4.0)
+    picture = np.empty((height, width, 3), np.uint8)
     for k in range(3):
-        image[k] += _window(grain, rows + 171 * k, columns + 67 * k, height, width) * f32(level)
-    np.clip(image + f32(0.5), 0, 255, out=image)
-    return np.ascontiguousarray(image.astype(np.uint8).transpose(1, 2, 0))
+        noisy = _window(grain, rows + 171 * k, columns + 67 * k, height, width) * f32(level)
+        noisy += image[k]
+        np.maximum(noisy, 0, out=noisy)
+        np.minimum(noisy, f32(255.4), out=noisy)
+        noisy += f32(0.5)
+        np.copyto(picture[:, :, k], noisy, casting="unsafe")
+    return picture
 
 
 def _window(tile: np.ndarray, row: int, column: int, height: int, width: int) -> np.ndarray:

@@ -90,7 +90,7 @@ def _draw(name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     _, _, x, y = _cells(1, 1)
     fine = noise(seed, 32, 32, 3, 0.8)
     if name == "flat":
-        return 0.06 * fine, zero
+        return 0.6 * noise(seed + 100, 3, 3, 4) + 0.4 * fine, zero
     if name == "cloud":
         return noise(seed, 4, 4, 5), 0.25 * noise(seed + 100, 8, 8, 3)
     if name == "grain":

@@ -1,0 +1,662 @@
+"""Reading and writing diffusers folders, against the real diffusers and transformers classes."""
+
+import dataclasses
+import fnmatch
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+import torch
+import torch_checkpoints
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+from jaxpercept.checkpoints import diffusers, rules, weights
+from jaxpercept.checkpoints.rules import to_jax, to_torch
+from jaxpercept.errors import UserError
+from jaxpercept.models.functional import functional
+
+KINDS = ("sd1", "sd2", "marigold")
+CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind_folder(request, tmp_path_factory):
+    """(folder, torch modules) of each kind, not to be changed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, torch_checkpoints.write_checkpoint(folder, request.param)
+
+
+@pytest.fixture(scope="module")
+def sd2(tmp_path_factory):
+    """(folder, torch modules) of one checkpoint, not to be changed."""
+    folder = tmp_path_factory.mktemp("sd2")
+    return folder, torch_checkpoints.write_checkpoint(folder, "sd2")
+
+
+@pytest.fixture
+def broken(sd2, tmp_path):
+    """A copy of the checkpoint, to be damaged."""
+    return Path(shutil.copytree(sd2[0], tmp_path / "broken"))
+
+
+def state(name: str, module: torch.nn.Module) -> dict[str, np.ndarray]:
+    prefix = "text_model." if name == "text_encoder" else ""
+    return {prefix + key: value.numpy() for key, value in module.state_dict().items()}
+
+
+def assert_bit_equal(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert value.dtype == right[key].dtype, key
+        assert value.shape == right[key].shape, key
+        np.testing.assert_array_equal(value, right[key], err_msg=key)
+
+
+def assert_holds(checkpoint, modules):
+    for name, module in modules.items():
+        assert_bit_equal(to_torch(checkpoint.params[name]), state(name, module))
+
+
+def edit_json(path: Path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(path: Path, edit):
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# The rule table.
+
+
+@given(
+    shape=st.lists(st.integers(1, 70), min_size=1, max_size=1)
+    | st.tuples(st.integers(1, 70), st.integers(1, 9))
+    | st.tuples(st.integers(1, 70), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rules_are_inverse(shape, seed):
+    tensor = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    leaf = {1: "scale", 2: "kernel", 4: "kernel"}[len(shape)]
+    axes = rules.RULES[leaf, len(shape)][1]
+    target = {f"m.{leaf}": jax.ShapeDtypeStruct([tensor.shape[i] for i in axes], np.float32)}
+    params = to_jax(target, {"m.weight": tensor})
+    assert params[f"m.{leaf}"].flags.c_contiguous
+    assert_bit_equal(to_torch(params), {"m.weight": tensor})
+
+
+def test_layouts(rng):
+    conv, linear = rng.standard_normal((5, 4, 3, 2)), rng.standard_normal((40, 7))
+    target = {"c.kernel": np.empty((3, 2, 4, 5)), "l.kernel": np.empty((7, 40))}
+    params = to_jax(target, {"c.weight": conv, "l.weight": linear}, dtype=None)
+    assert params["c.kernel"][2, 1, 3, 4] == conv[4, 3, 2, 1]
+    assert params["l.kernel"][6, 33] == linear[33, 6]
+
+
+def test_unknown_leaf_has_no_rule():
+    with pytest.raises(ValueError, match=r"No conversion rule for parameter 'a\.gamma' of rank 1"):
+        to_torch({"a.gamma": np.ones(3)})
+
+
+def test_old_vae_attention_names_and_convolutions(sd2):
+    """As in files that diffusers wrote before 0.17, and in those converted from the original."""
+    folder, modules = sd2
+    shapes = functional(diffusers.load(folder, components=["vae"]).configs["vae"]).shapes
+    new = state("vae", modules["vae"])
+    old = {}
+    for key, value in new.items():
+        if "mid_block.attentions" in key:
+            for name, today in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
+                key = key.replace(today, name)
+            key = key.replace("to_out.0", "proj_attn")
+        old[key] = value
+    assert sum("proj_attn" in key for key in old) == 4
+    assert_bit_equal(to_torch(to_jax(shapes, old)), new)
+
+    as_conv = {
+        k: v[..., None, None] if "attentions" in k and v.ndim == 2 else v for k, v in old.items()
+    }
+    assert as_conv["encoder.mid_block.attentions.0.query.weight"].shape == (32, 32, 1, 1)
+    assert_bit_equal(to_torch(to_jax(shapes, as_conv)), new)
+
+    both = {**old, "encoder.mid_block.attentions.0.to_q.bias": np.zeros(32)}
+    with pytest.raises(UserError, match=r"attentions\.0\.to_q\.bias twice"):
+        to_jax(shapes, both)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_text_encoder_prefix_and_position_ids(sd2, prefix):
+    folder, modules = sd2
+    config = diffusers.load(folder, components=["text_encoder"]).configs["text_encoder"]
+    with_prefix = state("text_encoder", modules["text_encoder"])
+    stored = {prefix + key.removeprefix("text_model."): v for key, v in with_prefix.items()}
+    stored[f"{prefix}embeddings.position_ids"] = np.arange(24)[None]
+    assert_bit_equal(to_torch(to_jax(functional(config).shapes, stored)), with_prefix)
+
+
+def test_strictness_lists_and_counts():
+    shapes = {f"l{i:02}.bias": np.empty(3) for i in range(12)} | {
+        "c.kernel": np.empty((3, 3, 4, 5))
+    }
+    tensors = {"c.weight": np.ones((5, 8, 3, 3)), "x.weight": np.ones(2), "l00.bias": np.ones(3)}
+    with pytest.raises(UserError) as error:
+        to_jax(shapes, tensors, where="W")
+    message = str(error.value)
+    assert "missing (11): l01.bias, l02.bias," in message
+    assert "l10.bias, and 1 more" in message
+    assert "not expected (1): x.weight" in message
+    assert "of another shape (1): c.weight [5, 8, 3, 3] instead of [5, 4, 3, 3]" in message
+
+
+def test_no_linear_layer_passes_as_convolution_elsewhere():
+    with pytest.raises(UserError, match="of another shape"):
+        to_jax(
+            {"mid_block.proj_in.kernel": np.empty((4, 4))},
+            {"mid_block.proj_in.weight": np.ones((4, 4, 1, 1))},
+        )
+
+
+# Reading folders.
+
+
+def test_load_and_write_back(kind_folder, tmp_path):
+    """torch -> here -> torch: the same bits, the same configs as diffusers sees them."""
+    folder, modules = kind_folder
+    checkpoint = diffusers.load(folder)
+    assert_holds(checkpoint, modules)
+    assert checkpoint.scheduler["beta_schedule"] == "scaled_linear"
+    assert checkpoint.tokenizer_dir == folder / "tokenizer"
+    assert checkpoint.model_index["_class_name"] == "StableDiffusionPipeline"
+    assert checkpoint.source == str(folder)
+
+    diffusers.save(tmp_path / "out", checkpoint)
+    for name, module in modules.items():
+        loaded, info = CLASSES[name].from_pretrained(
+            tmp_path / "out" / name, output_loading_info=True
+        )
+        assert not any(info.values()), info
+        assert_bit_equal(state(name, loaded), state(name, module))
+        ours, theirs = (
+            loaded.config.to_dict() if name == "text_encoder" else dict(loaded.config),
+            {},
+        )
+        theirs = module.config.to_dict() if name == "text_encoder" else dict(module.config)
+        for key, value in theirs.items():
+            if not key.startswith("_") and key != "dtype":
+                assert ours[key] == value or list(ours[key]) == list(value), key
+
+    again = diffusers.load(tmp_path / "out")
+    assert again.configs == checkpoint.configs
+    assert_holds(again, modules)
+
+
+def test_written_folder_is_a_diffusers_pipeline(sd2, tmp_path, capfd):
+    """The pipeline loads without a word of warning and its parts compute the same."""
+    folder, modules = sd2
+    diffusers.save(tmp_path / "out", dataclasses.replace(diffusers.load(folder), model_index={}))
+    capfd.readouterr()
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert "key" not in capfd.readouterr().err.lower()
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    ids = torch.tensor([pipeline.tokenizer("a red cube")["input_ids"]])
+    sample, timestep = torch.randn(1, 4, 5, 7), torch.tensor([17])
+    with torch.no_grad():
+        text = modules["text_encoder"](ids).last_hidden_state
+        assert torch.equal(pipeline.text_encoder(ids).last_hidden_state, text)
+        expected = modules["unet"](sample, timestep, text).sample
+        assert torch.equal(pipeline.unet(sample, timestep, text).sample, expected)
+        image = modules["vae"].decode(sample).sample
+        assert torch.equal(pipeline.vae.decode(sample).sample, image)
+    unknown = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert unknown["safety_checker"] == [None, None]
+
+
+def test_loaded_networks_compute_what_torch_computes(sd2, rng):
+    """The checkpoint drives the networks here to diffusers' and transformers' outputs."""
+    folder, modules = sd2
+    checkpoint = diffusers.load(folder)
+
+    def apply(name, *inputs):
+        network = functional(checkpoint.configs[name])
+        return jax.jit(lambda p, *x: network.bind(p)(*x))(checkpoint.params[name], *inputs)
+
+    ids = rng.integers(0, 90, (2, 9), dtype=np.int32)
+    sample = rng.standard_normal((2, 5, 6, checkpoint.configs["unet"].in_channels), np.float32)
+    timesteps = np.array([3, 801], np.int32)
+    with torch.no_grad():
+        text = modules["text_encoder"](torch.tensor(ids)).last_hidden_state
+        noise = modules["unet"](
+            torch.tensor(sample).permute(0, 3, 1, 2), torch.tensor(timesteps), text
+        ).sample
+    np.testing.assert_allclose(apply("text_encoder", ids), text.numpy(), atol=1e-5)
+    ours = apply("unet", sample, timesteps, text.numpy())
+    np.testing.assert_allclose(ours, noise.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_sharded(tmp_path, variant):
+    modules = torch_checkpoints.write_checkpoint(
+        tmp_path, "sd2", variant=variant, max_shard_size="40KB"
+    )
+    assert len(list((tmp_path / "unet").glob("*-of-*.safetensors"))) > 3
+    assert_holds(diffusers.load(tmp_path), modules)
+    assert_holds(diffusers.load(tmp_path, variant=variant), modules)
+
+
+@pytest.mark.parametrize(
+    ("present", "expected"),
+    [
+        (["fp16"], "fp16"),
+        (["fp16", "bf16"], "bf16"),
+        (["fp16", None, "bf16"], None),
+        (["non_ema"], "non_ema"),
+    ],
+)
+def test_variants(tmp_path, present, expected):
+    """Without a wish the most precise one is read; with one, that."""
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    for seed, variant in enumerate(present):
+        modules = torch_checkpoints.write_checkpoint(
+            tmp_path, variant=variant, dtype=dtypes.get(variant, torch.float32), seed=10 * seed
+        )
+        assert_holds(diffusers.load(tmp_path, variant=variant or ""), modules)
+        if variant == expected:
+            wanted = {name: state(name, module) for name, module in modules.items()}
+    for name, params in diffusers.load(tmp_path).params.items():
+        assert_bit_equal(to_torch(params), wanted[name])
+
+
+def test_dtype_of_the_parameters(tmp_path):
+    torch_checkpoints.write_checkpoint(tmp_path, dtype=torch.bfloat16)
+    for dtype, expected in ((None, "bfloat16"), ("float16", "float16"), ("float32", "float32")):
+        params = diffusers.load(tmp_path, components=["unet"], dtype=dtype).params["unet"]
+        assert {value.dtype.name for value in params.values()} == {expected}
+
+
+def test_only_the_wanted_components_are_needed(broken):
+    for name in ("text_encoder", "tokenizer", "scheduler"):
+        shutil.rmtree(broken / name)
+    (broken / "model_index.json").unlink()
+    checkpoint = diffusers.load(broken, components=("unet", "vae"))
+    assert set(checkpoint.params) == {"unet", "vae"}
+    assert checkpoint.scheduler == checkpoint.model_index == {}
+    assert checkpoint.tokenizer_dir is None
+    with pytest.raises(ValueError, match="unknown components"):
+        diffusers.load(broken, components=["dpt"])
+
+
+def test_no_torch_at_run_time(sd2):
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["diffusers"] = None
+from jaxpercept.checkpoints import diffusers
+checkpoint = diffusers.load({str(sd2[0])!r})
+tokenizer = diffusers.load_tokenizer(checkpoint.tokenizer_dir)
+print(diffusers.tokenize(tokenizer, [""], None).shape)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "(1, 2)", result.stderr
+
+
+# Bad input: one sentence that names the culprit.
+
+
+def load_error(folder, **options) -> str:
+    with pytest.raises(UserError) as error:
+        diffusers.load(folder, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_files_are_all_listed(broken):
+    (broken / "unet" / "config.json").unlink()
+    (broken / UNET_FILE).unlink()
+    shutil.rmtree(broken / "text_encoder")
+    (broken / "tokenizer" / "merges.txt").unlink()
+    assert (
+        "lacks unet/config.json, unet/diffusion_pytorch_model.safetensors, "
+        "text_encoder/config.json, text_encoder/model.safetensors, tokenizer/merges.txt"
+    ) in load_error(broken)
+    assert "lacks vae/diffusion_pytorch_model.fp16.safetensors" in load_error(
+        broken, components=["vae"], variant="fp16"
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-7],
+        lambda raw: raw[:100],
+        lambda raw: raw[:3],
+        lambda raw: b"",
+        lambda raw: struct.pack("<Q", 1 << 62) + raw[8:],
+        lambda raw: struct.pack("<Q", 90_000_000) + raw[8:],
+        lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        lambda raw: raw + b"more",
+        lambda raw: struct.pack("<Q", 5) + b"[1,2]",
+    ],
+)
+def test_damaged_weights(broken, damage):
+    file = broken / UNET_FILE
+    file.write_bytes(damage(file.read_bytes()))
+    assert f"{file} is truncated or no safetensors file" in load_error(broken)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_weights(broken, value):
+    edit_weights(
+        broken / UNET_FILE, lambda t: t["mid_block.resnets.0.conv1.weight"][3, 1, 2].fill_(value)
+    )
+    message = load_error(broken)
+    assert "Tensor mid_block.resnets.0.conv1.weight of" in message
+    assert "NaN or infinite" in message
+
+
+def test_tensors_that_do_not_fit(broken):
+    def edit(tensors):
+        del tensors["conv_out.bias"]
+        tensors["extra.weight"] = torch.ones(2)
+        tensors["conv_in.weight"] = torch.ones(16, 8, 3, 3)
+
+    edit_weights(broken / UNET_FILE, edit)
+    message = load_error(broken)
+    assert str(broken / UNET_FILE) in message
+    for part in (
+        "missing (1): conv_out.bias",
+        "(1): extra.weight",
+        "[16, 8, 3, 3] instead of [16, 4",
+    ):
+        assert part in message
+
+
+def test_quantised_weights(broken):
+    edit_weights(
+        broken / UNET_FILE, lambda t: t.update({"conv_in.bias": torch.ones(16, dtype=torch.int8)})
+    )
+    assert "Tensor conv_in.bias of" in load_error(broken)
+    assert "has type I8" in load_error(broken)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00", "[" * 100_000])
+def test_damaged_config(broken, content):
+    (broken / "vae" / "config.json").write_text(content)
+    assert str(broken / "vae" / "config.json") in load_error(broken)
+
+
+def test_config_that_is_not_supported(broken):
+    edit_json(broken / "unet" / "config.json", motion_modules=True)
+    message = load_error(broken)
+    assert str(broken / "unet" / "config.json") in message
+    assert "motion_modules" in message
+    edit_json(broken / "unet" / "config.json", _class_name="UNet3DConditionModel")
+    assert "describes a UNet3DConditionModel" in load_error(broken)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "x.pt", "x.pth"])
+def test_pickles_are_refused(broken, name):
+    (broken / UNET_FILE).rename(broken / "unet" / name)
+    message = load_error(broken)
+    assert f"as a pickle ({name})" in message
+    assert "convert it to safetensors" in message
+    (broken / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch()
+    assert "lacks unet/diffusion_pytorch_model.bf16.safetensors" in load_error(
+        broken, components=["unet"], variant="bf16"
+    )
+
+
+def test_paths_that_are_no_checkpoint(broken):
+    (broken / "sd.ckpt").touch()
+    assert "is a single file" in load_error(broken / "sd.ckpt")
+    for name in ("/no/such/folder", "./missing", "a/b/c", "no such name"):
+        assert load_error(name).startswith(f"{name} is no folder")
+    assert "lacks unet/config.json" in load_error(broken / "tokenizer")
+
+
+@pytest.fixture
+def index(tmp_path):
+    torch_checkpoints.write_checkpoint(tmp_path, max_shard_size="40KB")
+    return tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../vae/x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "..\\x.safetensors",
+     "C:x.safetensors", "..", "", "x.bin", 7, None],
+)  # fmt: skip
+def test_index_names_only_files_of_its_folder(index, name):
+    content = json.loads(index.read_text())
+    content["weight_map"]["conv_in.bias"] = name
+    index.write_text(json.dumps(content))
+    assert f"names {name!r}, which is not a safetensors file of its own folder" in load_error(
+        index.parent.parent
+    )
+
+
+def test_damaged_index(index):
+    good = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": {}}))
+    assert "has no weight_map" in load_error(index.parent.parent)
+    index.write_text(
+        json.dumps(
+            {"weight_map": good["weight_map"] | {"ghost": good["weight_map"]["conv_in.bias"]}}
+        )
+    )
+    assert "1 tensors that its shards do not hold, the first being ghost" in load_error(
+        index.parent.parent
+    )
+    index.write_text(json.dumps(good))
+    shard = index.parent / good["weight_map"]["conv_in.bias"]
+    shutil.copy(shard, index.parent / good["weight_map"]["conv_out.bias"])
+    assert "repeats tensor" in load_error(index.parent.parent)
+    shard.unlink()
+    assert f"{shard} is missing" in load_error(index.parent.parent)
+
+
+def test_choice_between_unknown_variants(broken):
+    for variant in ("ema", "non_ema"):
+        shutil.copy(
+            broken / UNET_FILE, broken / f"unet/diffusion_pytorch_model.{variant}.safetensors"
+        )
+    diffusers.load(broken)
+    (broken / UNET_FILE).unlink()
+    assert f"{broken / 'unet'} has weights in the variants ema, non_ema; choose" in load_error(
+        broken
+    )
+    diffusers.load(broken, components=["unet"], variant="ema")
+
+
+# The hub.
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the hub: `hub.remote` is the repository, downloads go to a cache folder."""
+
+    class Hub:
+        remote = tmp_path / "remote"
+        cache = tmp_path / "snapshots" / "abc123"
+
+        def snapshot_download(self, repo, allow_patterns, revision=None):
+            assert revision in (None, "abc123")
+            for path in self.remote.rglob("*"):
+                name = str(path.relative_to(self.remote))
+                if path.is_file() and any(fnmatch.fnmatch(name, p) for p in allow_patterns):
+                    (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, self.cache / name)
+            return str(self.cache)
+
+        def list_repo_files(self, repo, revision):
+            return [str(p.relative_to(self.remote)) for p in self.remote.rglob("*") if p.is_file()]
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    return hub
+
+
+def test_hub_fetches_only_what_is_needed(hub):
+    modules = torch_checkpoints.write_checkpoint(hub.remote, seed=5)
+    torch_checkpoints.write_checkpoint(hub.remote, variant="fp16", max_shard_size="40KB")
+    (hub.remote / "v1-5-pruned.ckpt").touch()
+    (hub.remote / "unet" / "diffusion_pytorch_model.bin").touch()
+    checkpoint = diffusers.load("owner/model")
+    assert_holds(checkpoint, modules)
+    assert checkpoint.source == "owner/model"
+    fetched = {str(p.relative_to(hub.cache)) for p in hub.cache.rglob("*.*")}
+    assert not any(name.endswith((".ckpt", ".bin")) or "-of-" in name for name in fetched)
+    diffusers.load("owner/model", variant="fp16")
+    assert list(hub.cache.rglob("*fp16-00001-of-*"))
+
+
+def test_hub_repository_with_pickles_or_gaps(hub):
+    torch_checkpoints.write_checkpoint(hub.remote)
+    (hub.remote / UNET_FILE).rename(hub.remote / "unet" / "diffusion_pytorch_model.bin")
+    assert "owner/model/unet holds its weights as a pickle" in load_error("owner/model")
+    shutil.rmtree(hub.remote / "unet")
+    shutil.rmtree(hub.cache)
+    assert "lacks unet/config.json, unet/diffusion_pytorch_model.safet" in load_error("owner/model")
+
+
+def test_hub_out_of_reach():
+    message = load_error("no-owner/no-model")
+    assert "no-owner/no-model is no local folder and could not be downloaded" in message
+    assert "HF_HUB_OFFLINE" in message
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_save_in_half_precision(sd2, tmp_path, dtype):
+    checkpoint = diffusers.load(sd2[0])
+    diffusers.save(tmp_path / "out", checkpoint, dtype=dtype)
+    assert load_file(tmp_path / "out" / UNET_FILE)["conv_in.weight"].dtype == getattr(torch, dtype)
+    for name, params in diffusers.load(tmp_path / "out").params.items():
+        for path, value in params.items():
+            expected = checkpoint.params[name][path].astype(rules.DTYPES[dtype]).astype(np.float32)
+            np.testing.assert_array_equal(value, expected)
+    UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
+
+
+def test_file_is_what_the_library_writes(rng, tmp_path):
+    """Same header fields and data; pt metadata; data aligned."""
+    tensors = {
+        "b": rng.standard_normal((3, 5), np.float32),
+        "a": rng.standard_normal(7, np.float32),
+    }
+    weights.write_weights(tmp_path / "w.safetensors", tensors, np.dtype(np.float32))
+    loaded = load_file(tmp_path / "w.safetensors")
+    assert_bit_equal({k: v.numpy() for k, v in loaded.items()}, tensors)
+    with weights.safe_open(tmp_path / "w.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert struct.unpack("<Q", (tmp_path / "w.safetensors").read_bytes()[:8])[0] % 8 == 0
+
+
+def test_values_that_cannot_be_written(sd2, tmp_path):
+    checkpoint = diffusers.load(sd2[0], components=["unet"])
+    checkpoint.params["unet"]["conv_in.bias"][2] = 1e6
+    with pytest.raises(UserError, match=r"Tensor conv_in\.bias holds .* not finite in float16"):
+        diffusers.save(tmp_path / "half", checkpoint, dtype="float16")
+    checkpoint.params["unet"]["conv_in.bias"][2] = np.nan
+    with pytest.raises(UserError, match=r"Tensor conv_in\.bias"):
+        diffusers.save(tmp_path / "full", checkpoint)
+
+
+def test_save_leaves_other_folders_alone(sd2, tmp_path):
+    checkpoint = diffusers.load(sd2[0])
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and holds no diffusers checkpoint"):
+        diffusers.save(tmp_path, checkpoint)
+    with pytest.raises(UserError, match=r"thesis.txt is a file"):
+        diffusers.save(tmp_path / "thesis.txt", checkpoint)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_save_replaces_a_checkpoint_whole(sd2, tmp_path):
+    """No shard or variant of the former weights stays to be read instead of the new ones."""
+    torch_checkpoints.write_checkpoint(tmp_path, variant="fp16", max_shard_size="40KB", seed=9)
+    torch_checkpoints.write_checkpoint(tmp_path, max_shard_size="40KB", seed=8)
+    (tmp_path / "tokenizer" / "tokenizer.json").touch()  # transformers would prefer it
+    diffusers.save(tmp_path, diffusers.load(sd2[0]))
+    assert not (tmp_path / "tokenizer" / "tokenizer.json").exists()
+    assert sorted(p.name for p in (tmp_path / "unet").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert_holds(diffusers.load(tmp_path), sd2[1])
+    diffusers.save(tmp_path, diffusers.load(tmp_path))  # onto itself
+    assert_holds(diffusers.load(tmp_path), sd2[1])
+
+
+def test_interrupted_save(sd2, tmp_path, monkeypatch):
+    """What was there stays whole, nothing half-written is left, and saving again works."""
+    checkpoint = diffusers.load(sd2[0])
+    diffusers.save(tmp_path / "old", checkpoint)
+    changed = dataclasses.replace(checkpoint, params=dict(checkpoint.params))
+    changed.params["unet"] = {k: v + 1 for k, v in checkpoint.params["unet"].items()}
+
+    def full_disk(descriptor):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.os, "fsync", full_disk)
+        for folder in ("old", "new"):
+            with pytest.raises(OSError, match="No space"):
+                diffusers.save(tmp_path / folder, changed)
+    assert not list(tmp_path.rglob("*.partial"))
+    assert_holds(diffusers.load(tmp_path / "old"), sd2[1])
+    diffusers.save(tmp_path / "new", checkpoint)
+    assert_holds(diffusers.load(tmp_path / "new"), sd2[1])
+
+
+# Widening the first convolution.
+
+
+def test_widened_unet_computes_the_same_on_a_repeated_input(sd2, tmp_path):
+    folder, modules = sd2
+    wide = diffusers.widen(diffusers.load(folder))
+    assert wide.configs["unet"].in_channels == 8
+    diffusers.save(tmp_path / "out", wide)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
+    assert unet.config.in_channels == 8
+    assert torch.equal(unet.conv_in.bias, modules["unet"].conv_in.bias)
+    sample, text = torch.randn(2, 4, 6, 5), torch.randn(2, 3, 32)
+    with torch.no_grad():
+        expected = modules["unet"](sample, 1, text).sample
+        torch.testing.assert_close(
+            unet(torch.cat([sample, sample], 1), 1, text).sample, expected, atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_widening_rules(rng, factor):
+    params = {
+        "conv_in.kernel": rng.standard_normal((3, 3, 4, 16), np.float32),
+        "conv_in.bias": rng.standard_normal(16, np.float32),
+        "conv_out.bias": rng.standard_normal(4, np.float32),
+    }
+    marigold = diffusers.widen_conv_in(params, factor)
+    end_to_end = diffusers.widen_conv_in(params, factor, halve_bias=True)
+    for i in range(factor):
+        group = marigold["conv_in.kernel"][:, :, 4 * i : 4 * i + 4]
+        np.testing.assert_array_equal(group, params["conv_in.kernel"] / np.float32(factor))
+    assert marigold["conv_in.kernel"].shape == (3, 3, 4 * factor, 16)
+    np.testing.assert_array_equal(end_to_end["conv_in.kernel"], marigold["conv_in.kernel"])
+    np.testing.assert_array_equal(marigold["conv_in.bias"], params["conv_in.bias"])
+    np.testing.assert_array_equal(end_to_end["conv_in.bias"], params["conv_in.bias"] / factor)
+    assert end_to_end["conv_in.kernel"].dtype == end_to_end["conv_in.bias"].dtype == np.float32
+    assert marigold["conv_out.bias"] is params["conv_out.bias"]
+    assert params["conv_in.kernel"].shape == (3, 3, 4, 16)

@@ -63,8 +63,8 @@ def test_elementwise_losses_equal_numpy(rng, channels):
     pred, target, mask = sample(rng, c=channels)
     error = (pred.astype(np.float64) - target)[mask]
     arrays = tuple(map(jnp.asarray, (pred, target, mask)))
-    np.testing.assert_allclose(LOSSES["mse"](*arrays), np.mean(error**2), rtol=1e-6)
-    np.testing.assert_allclose(LOSSES["l1"](*arrays), np.mean(np.abs(error)), rtol=1e-6)
+    np.testing.assert_allclose(LOSSES["mse"](*arrays), np.mean(error**2), rtol=3e-6)
+    np.testing.assert_allclose(LOSSES["l1"](*arrays), np.mean(np.abs(error)), rtol=3e-6)
 
 
 def test_one_mask_channel_serves_all(rng):
@@ -213,3 +213,16 @@ def test_pool_mask_equals_torch_max_pooling(rng):
         invalid = torch.from_numpy(~valid).permute(0, 3, 1, 2).float()
         pooled = torch.nn.functional.max_pool2d(invalid, 8, 8).permute(0, 2, 3, 1).numpy()
         np.testing.assert_array_equal(losses.pool_mask(jnp.asarray(valid), 8), pooled == 0)
+
+
+@pytest.mark.parametrize("name", ["ssi", "gradient"])
+def test_losses_do_not_depend_on_the_sharding(rng, name):
+    pred, target, mask = sample(rng, b=8)
+    pred[3] = 4 - target[3]  # One device takes the median branch.
+    arrays = tuple(map(jnp.asarray, (pred, target, mask)))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    value, gradient = WITH_GRADIENT[name](*arrays)
+    sharded_value, sharded_gradient = WITH_GRADIENT[name](*jax.device_put(arrays, sharding))
+    np.testing.assert_allclose(sharded_value, value, rtol=1e-5)
+    np.testing.assert_allclose(sharded_gradient, gradient, rtol=1e-4, atol=1e-6)

@@ -23,7 +23,7 @@ def torch_resize(x, size, method, antialias, align):
 def test_equals_torch(rng, method, antialias, align):
     # Fixed sizes from the models and protocols, and arbitrary ones.
     sizes = [((8, 30), (15, 60)), ((96, 128), (480, 640)), ((7, 5), (1, 1))]
-    sizes += [tuple(map(tuple, rng.integers(1, 90, (2, 2)).tolist())) for _ in range(3)]
+    sizes += [tuple(map(tuple, rng.integers(1, 90, (2, 2)).tolist())) for _ in range(2)]
     for (h, w), size in sizes:
         x = rng.uniform(-1, 1, (2, h, w, 3)).astype(np.float32)
         ours = resize(jnp.asarray(x), size, method, antialias=antialias, align_corners=align)

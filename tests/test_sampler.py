@@ -38,27 +38,31 @@ def test_steps_equal_diffusers(rng, prediction_type, spacing, zero_snr, to_one, 
     # In float32, diffusers' own differences of nearly equal ᾱ are off by up to 7e-4.
     oracle.alphas_cumprod = oracle.alphas_cumprod.double()
     oracle.final_alpha_cumprod = oracle.final_alpha_cumprod.double()
-    for num_steps, eta in ((1, 0.0), (4, 0.0), (10, 0.0), (10, 0.6), (50, 0.0), (50, 1.0)):
-        oracle.set_timesteps(num_steps)
-        t, prev_t = schedule.timesteps(num_steps), schedule.previous_timesteps(num_steps)
-        pred, x_t, noise = rng.normal(size=(3, num_steps, 5, 4)).astype(np.float32)
+    counts = np.repeat((1, 4, 10, 50), (1, 4, 10, 50))
+    t = np.concatenate([schedule.timesteps(n) for n in (1, 4, 10, 50)])
+    prev_t = np.concatenate([schedule.previous_timesteps(n) for n in (1, 4, 10, 50)])
+    pred, x_t, noise = rng.normal(size=(3, len(t), 5, 4)).astype(np.float32)
+    pred64, x64, noise64 = (torch.from_numpy(a).double() for a in (pred, x_t, noise))
+    # The noise prediction's x_0 divides rounding errors by √ᾱ_t.
+    gain = schedule.alphas_cumprod[t] ** -0.5 if prediction_type == "epsilon" else np.ones(len(t))
+    gain = gain[:, None, None]
+    for eta in (0.0, 0.6, 1.0):
         sample, x0 = ddim_step(
             schedule, *map(jnp.asarray, (pred, x_t, t, prev_t)), eta=eta, noise=jnp.asarray(noise)
         )
-        for row in range(num_steps):
-            expected = oracle.step(
-                torch.from_numpy(pred[row]).double(),
-                int(t[row]),
-                torch.from_numpy(x_t[row]).double(),
-                eta=eta,
-                variance_noise=torch.from_numpy(noise[row]).double() if eta else None,
+        expected = []
+        for row, count in enumerate(counts):
+            oracle.num_inference_steps = int(count)
+            variance_noise = noise64[row] if eta else None
+            step = oracle.step(
+                pred64[row], int(t[row]), x64[row], eta=eta, variance_noise=variance_noise
             )
-            # A sample prediction implies its noise through a division by √(1−ᾱ_t).
-            tolerance = (1e-5 if prediction_type == "sample" else 3e-6) if eta else 1e-6
-            # The noise prediction's x_0 divides rounding errors by √ᾱ_t.
-            gain = schedule.alphas_cumprod[t[row]] ** -0.5 if prediction_type == "epsilon" else 1
-            np.testing.assert_allclose(x0[row], expected.pred_original_sample, 1e-6, 1e-6 * gain)
-            np.testing.assert_allclose(sample[row], expected.prev_sample, tolerance, tolerance)
+            expected.append((step.prev_sample, step.pred_original_sample))
+        expected_sample, expected_x0 = map(np.stack, zip(*expected, strict=True))
+        assert (np.abs(x0 - expected_x0) <= 1e-6 * (gain + np.abs(expected_x0))).all()
+        # A sample prediction implies its noise through a division by √(1−ᾱ_t).
+        tolerance = (1e-5 if prediction_type == "sample" else 3e-6) if eta else 1e-6
+        np.testing.assert_allclose(sample, expected_sample, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("to_one", [False, True])
@@ -89,7 +93,7 @@ def test_stochastic_step_in_float64(rng, to_one):
 
 
 @pytest.mark.parametrize("beta", [(1.0, 1.0), (0.544, 0.768), (0.136, 0.192)])
-@pytest.mark.parametrize("num_steps", [1, 10, 999])
+@pytest.mark.parametrize("num_steps", [1, 50])
 def test_vanishing_signal_stays_finite(rng, beta, num_steps):
     schedule = NoiseSchedule.from_config(
         {**GENPERCEPT.to_config(), "beta_start": beta[0], "beta_end": beta[1]}

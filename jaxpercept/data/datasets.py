@@ -17,7 +17,6 @@ import numpy as np
 
 from jaxpercept.data.crops import CROPS, EVAL_CROPS
 from jaxpercept.data.readers import RawFloat32Reader, read_depth
-from jaxpercept.data.scenes import SceneSource
 from jaxpercept.data.sources import (
     FolderSource,
     ImageZipSource,
@@ -44,6 +43,8 @@ TEST_SCENES = range(2**30, 2**30 + 1000)
 
 def _scenes(split: str, *, data_dir: Any, resolution: tuple[int, int], size: int | None = None,
             scene_seed: int = 0) -> SceneExamples:  # fmt: skip
+    from jaxpercept.data.scenes import SceneSource  # only who renders scenes pays for the import
+
     indices = TRAIN_SCENES if split == "train" else TEST_SCENES
     height, width = resolution
     size = len(indices) if size is None else min(size, len(indices))

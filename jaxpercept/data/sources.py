@@ -25,7 +25,6 @@ from jaxpercept.data.readers import (
     read_mask,
     read_rgb,
 )
-from jaxpercept.data.scenes import SceneSource
 from jaxpercept.errors import UserError
 
 Example = dict[str, Any]
@@ -212,7 +211,7 @@ def _caption(name: str) -> str:
 class SceneExamples:
     """A `SceneSource` with the names, shapes and keys of the other sources."""
 
-    def __init__(self, scenes: SceneSource):
+    def __init__(self, scenes: Any):
         self.scenes = scenes
 
     def __len__(self) -> int:

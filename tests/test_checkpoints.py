@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -16,13 +15,12 @@ import pytest
 import torch
 import torch_checkpoints
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch_checkpoints import assert_bit_equal, assert_holds, state
 from transformers import CLIPTextModel
 
 from jaxpercept.checkpoints import diffusers, rules, weights
-from jaxpercept.checkpoints.rules import to_jax, to_torch
+from jaxpercept.checkpoints.rules import to_torch
 from jaxpercept.errors import UserError
 from jaxpercept.models.functional import functional
 
@@ -43,130 +41,6 @@ def sd2(tmp_path_factory):
     """(folder, torch modules) of one checkpoint, not to be changed."""
     folder = tmp_path_factory.mktemp("sd2")
     return folder, torch_checkpoints.write_checkpoint(folder, "sd2")
-
-
-@pytest.fixture
-def broken(sd2, tmp_path):
-    """A copy of the checkpoint, to be damaged."""
-    return Path(shutil.copytree(sd2[0], tmp_path / "broken"))
-
-
-def state(name: str, module: torch.nn.Module) -> dict[str, np.ndarray]:
-    prefix = "text_model." if name == "text_encoder" else ""
-    return {prefix + key: value.numpy() for key, value in module.state_dict().items()}
-
-
-def assert_bit_equal(left, right):
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        assert value.dtype == right[key].dtype, key
-        assert value.shape == right[key].shape, key
-        np.testing.assert_array_equal(value, right[key], err_msg=key)
-
-
-def assert_holds(checkpoint, modules):
-    for name, module in modules.items():
-        assert_bit_equal(to_torch(checkpoint.params[name]), state(name, module))
-
-
-def edit_json(path: Path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(path: Path, edit):
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-# The rule table.
-
-
-@given(
-    shape=st.lists(st.integers(1, 70), min_size=1, max_size=1)
-    | st.tuples(st.integers(1, 70), st.integers(1, 9))
-    | st.tuples(st.integers(1, 70), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_rules_are_inverse(shape, seed):
-    tensor = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    leaf = {1: "scale", 2: "kernel", 4: "kernel"}[len(shape)]
-    axes = rules.RULES[leaf, len(shape)][1]
-    target = {f"m.{leaf}": jax.ShapeDtypeStruct([tensor.shape[i] for i in axes], np.float32)}
-    params = to_jax(target, {"m.weight": tensor})
-    assert params[f"m.{leaf}"].flags.c_contiguous
-    assert_bit_equal(to_torch(params), {"m.weight": tensor})
-
-
-def test_layouts(rng):
-    conv, linear = rng.standard_normal((5, 4, 3, 2)), rng.standard_normal((40, 7))
-    target = {"c.kernel": np.empty((3, 2, 4, 5)), "l.kernel": np.empty((7, 40))}
-    params = to_jax(target, {"c.weight": conv, "l.weight": linear}, dtype=None)
-    assert params["c.kernel"][2, 1, 3, 4] == conv[4, 3, 2, 1]
-    assert params["l.kernel"][6, 33] == linear[33, 6]
-
-
-def test_unknown_leaf_has_no_rule():
-    with pytest.raises(ValueError, match=r"No conversion rule for parameter 'a\.gamma' of rank 1"):
-        to_torch({"a.gamma": np.ones(3)})
-
-
-def test_old_vae_attention_names_and_convolutions(sd2):
-    """As in files that diffusers wrote before 0.17, and in those converted from the original."""
-    folder, modules = sd2
-    shapes = functional(diffusers.load(folder, components=["vae"]).configs["vae"]).shapes
-    new = state("vae", modules["vae"])
-    old = {}
-    for key, value in new.items():
-        if "mid_block.attentions" in key:
-            for name, today in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
-                key = key.replace(today, name)
-            key = key.replace("to_out.0", "proj_attn")
-        old[key] = value
-    assert sum("proj_attn" in key for key in old) == 4
-    assert_bit_equal(to_torch(to_jax(shapes, old)), new)
-
-    as_conv = {
-        k: v[..., None, None] if "attentions" in k and v.ndim == 2 else v for k, v in old.items()
-    }
-    assert as_conv["encoder.mid_block.attentions.0.query.weight"].shape == (32, 32, 1, 1)
-    assert_bit_equal(to_torch(to_jax(shapes, as_conv)), new)
-
-    both = {**old, "encoder.mid_block.attentions.0.to_q.bias": np.zeros(32)}
-    with pytest.raises(UserError, match=r"attentions\.0\.to_q\.bias twice"):
-        to_jax(shapes, both)
-
-
-@pytest.mark.parametrize("prefix", ["", "text_model."])
-def test_text_encoder_prefix_and_position_ids(sd2, prefix):
-    folder, modules = sd2
-    config = diffusers.load(folder, components=["text_encoder"]).configs["text_encoder"]
-    with_prefix = state("text_encoder", modules["text_encoder"])
-    stored = {prefix + key.removeprefix("text_model."): v for key, v in with_prefix.items()}
-    stored[f"{prefix}embeddings.position_ids"] = np.arange(24)[None]
-    assert_bit_equal(to_torch(to_jax(functional(config).shapes, stored)), with_prefix)
-
-
-def test_strictness_lists_and_counts():
-    shapes = {f"l{i:02}.bias": np.empty(3) for i in range(12)} | {
-        "c.kernel": np.empty((3, 3, 4, 5))
-    }
-    tensors = {"c.weight": np.ones((5, 8, 3, 3)), "x.weight": np.ones(2), "l00.bias": np.ones(3)}
-    with pytest.raises(UserError) as error:
-        to_jax(shapes, tensors, where="W")
-    message = str(error.value)
-    assert "missing (11): l01.bias, l02.bias," in message
-    assert "l10.bias, and 1 more" in message
-    assert "not expected (1): x.weight" in message
-    assert "of another shape (1): c.weight [5, 8, 3, 3] instead of [5, 4, 3, 3]" in message
-
-
-def test_no_linear_layer_passes_as_convolution_elsewhere():
-    with pytest.raises(UserError, match="of another shape"):
-        to_jax(
-            {"mid_block.proj_in.kernel": np.empty((4, 4))},
-            {"mid_block.proj_in.weight": np.ones((4, 4, 1, 1))},
-        )
 
 
 # Reading folders.
@@ -286,7 +160,8 @@ def test_dtype_of_the_parameters(tmp_path):
         assert {value.dtype.name for value in params.values()} == {expected}
 
 
-def test_only_the_wanted_components_are_needed(broken):
+def test_only_the_wanted_components_are_needed(sd2, tmp_path):
+    broken = shutil.copytree(sd2[0], tmp_path / "part")
     for name in ("text_encoder", "tokenizer", "scheduler"):
         shutil.rmtree(broken / name)
     (broken / "model_index.json").unlink()
@@ -309,173 +184,6 @@ print(diffusers.tokenize(tokenizer, [""], None).shape)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "(1, 2)", result.stderr
-
-
-# Bad input: one sentence that names the culprit.
-
-
-def load_error(folder, **options) -> str:
-    with pytest.raises(UserError) as error:
-        diffusers.load(folder, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_missing_files_are_all_listed(broken):
-    (broken / "unet" / "config.json").unlink()
-    (broken / UNET_FILE).unlink()
-    shutil.rmtree(broken / "text_encoder")
-    (broken / "tokenizer" / "merges.txt").unlink()
-    assert (
-        "lacks unet/config.json, unet/diffusion_pytorch_model.safetensors, "
-        "text_encoder/config.json, text_encoder/model.safetensors, tokenizer/merges.txt"
-    ) in load_error(broken)
-    assert "lacks vae/diffusion_pytorch_model.fp16.safetensors" in load_error(
-        broken, components=["vae"], variant="fp16"
-    )
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda raw: raw[:-7],
-        lambda raw: raw[:100],
-        lambda raw: raw[:3],
-        lambda raw: b"",
-        lambda raw: struct.pack("<Q", 1 << 62) + raw[8:],
-        lambda raw: struct.pack("<Q", 90_000_000) + raw[8:],
-        lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-        lambda raw: raw + b"more",
-        lambda raw: struct.pack("<Q", 5) + b"[1,2]",
-    ],
-)
-def test_damaged_weights(broken, damage):
-    file = broken / UNET_FILE
-    file.write_bytes(damage(file.read_bytes()))
-    assert f"{file} is truncated or no safetensors file" in load_error(broken)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_non_finite_weights(broken, value):
-    edit_weights(
-        broken / UNET_FILE, lambda t: t["mid_block.resnets.0.conv1.weight"][3, 1, 2].fill_(value)
-    )
-    message = load_error(broken)
-    assert "Tensor mid_block.resnets.0.conv1.weight of" in message
-    assert "NaN or infinite" in message
-
-
-def test_tensors_that_do_not_fit(broken):
-    def edit(tensors):
-        del tensors["conv_out.bias"]
-        tensors["extra.weight"] = torch.ones(2)
-        tensors["conv_in.weight"] = torch.ones(16, 8, 3, 3)
-
-    edit_weights(broken / UNET_FILE, edit)
-    message = load_error(broken)
-    assert str(broken / UNET_FILE) in message
-    for part in (
-        "missing (1): conv_out.bias",
-        "(1): extra.weight",
-        "[16, 8, 3, 3] instead of [16, 4",
-    ):
-        assert part in message
-
-
-def test_quantised_weights(broken):
-    edit_weights(
-        broken / UNET_FILE, lambda t: t.update({"conv_in.bias": torch.ones(16, dtype=torch.int8)})
-    )
-    assert "Tensor conv_in.bias of" in load_error(broken)
-    assert "has type I8" in load_error(broken)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "\x00", "[" * 100_000])
-def test_damaged_config(broken, content):
-    (broken / "vae" / "config.json").write_text(content)
-    assert str(broken / "vae" / "config.json") in load_error(broken)
-
-
-def test_config_that_is_not_supported(broken):
-    edit_json(broken / "unet" / "config.json", motion_modules=True)
-    message = load_error(broken)
-    assert str(broken / "unet" / "config.json") in message
-    assert "motion_modules" in message
-    edit_json(broken / "unet" / "config.json", _class_name="UNet3DConditionModel")
-    assert "describes a UNet3DConditionModel" in load_error(broken)
-
-
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "x.pt", "x.pth"])
-def test_pickles_are_refused(broken, name):
-    (broken / UNET_FILE).rename(broken / "unet" / name)
-    message = load_error(broken)
-    assert f"as a pickle ({name})" in message
-    assert "convert it to safetensors" in message
-    (broken / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch()
-    assert "lacks unet/diffusion_pytorch_model.bf16.safetensors" in load_error(
-        broken, components=["unet"], variant="bf16"
-    )
-
-
-def test_paths_that_are_no_checkpoint(broken):
-    (broken / "sd.ckpt").touch()
-    assert "is a single file" in load_error(broken / "sd.ckpt")
-    for name in ("/no/such/folder", "./missing", "a/b/c", "no such name"):
-        assert load_error(name).startswith(f"{name} is no folder")
-    assert "lacks unet/config.json" in load_error(broken / "tokenizer")
-
-
-@pytest.fixture
-def index(tmp_path):
-    torch_checkpoints.write_checkpoint(tmp_path, max_shard_size="40KB")
-    return tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../vae/x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "..\\x.safetensors",
-     "C:x.safetensors", "..", "", "x.bin", 7, None],
-)  # fmt: skip
-def test_index_names_only_files_of_its_folder(index, name):
-    content = json.loads(index.read_text())
-    content["weight_map"]["conv_in.bias"] = name
-    index.write_text(json.dumps(content))
-    assert f"names {name!r}, which is not a safetensors file of its own folder" in load_error(
-        index.parent.parent
-    )
-
-
-def test_damaged_index(index):
-    good = json.loads(index.read_text())
-    index.write_text(json.dumps({"weight_map": {}}))
-    assert "has no weight_map" in load_error(index.parent.parent)
-    index.write_text(
-        json.dumps(
-            {"weight_map": good["weight_map"] | {"ghost": good["weight_map"]["conv_in.bias"]}}
-        )
-    )
-    assert "1 tensors that its shards do not hold, the first being ghost" in load_error(
-        index.parent.parent
-    )
-    index.write_text(json.dumps(good))
-    shard = index.parent / good["weight_map"]["conv_in.bias"]
-    shutil.copy(shard, index.parent / good["weight_map"]["conv_out.bias"])
-    assert "repeats tensor" in load_error(index.parent.parent)
-    shard.unlink()
-    assert f"{shard} is missing" in load_error(index.parent.parent)
-
-
-def test_choice_between_unknown_variants(broken):
-    for variant in ("ema", "non_ema"):
-        shutil.copy(
-            broken / UNET_FILE, broken / f"unet/diffusion_pytorch_model.{variant}.safetensors"
-        )
-    diffusers.load(broken)
-    (broken / UNET_FILE).unlink()
-    assert f"{broken / 'unet'} has weights in the variants ema, non_ema; choose" in load_error(
-        broken
-    )
-    diffusers.load(broken, components=["unet"], variant="ema")
 
 
 # The hub.
@@ -524,16 +232,17 @@ def test_hub_fetches_only_what_is_needed(hub):
 def test_hub_repository_with_pickles_or_gaps(hub):
     torch_checkpoints.write_checkpoint(hub.remote)
     (hub.remote / UNET_FILE).rename(hub.remote / "unet" / "diffusion_pytorch_model.bin")
-    assert "owner/model/unet holds its weights as a pickle" in load_error("owner/model")
+    with pytest.raises(UserError, match="owner/model/unet holds its weights as a pickle"):
+        diffusers.load("owner/model")
     shutil.rmtree(hub.remote / "unet")
     shutil.rmtree(hub.cache)
-    assert "lacks unet/config.json, unet/diffusion_pytorch_model.safet" in load_error("owner/model")
+    with pytest.raises(UserError, match=r"lacks unet/config.json, unet/diffusion_pytorch_model\.s"):
+        diffusers.load("owner/model")
 
 
 def test_hub_out_of_reach():
-    message = load_error("no-owner/no-model")
-    assert "no-owner/no-model is no local folder and could not be downloaded" in message
-    assert "HF_HUB_OFFLINE" in message
+    with pytest.raises(UserError, match=r"no-owner/no-model is no local folder.*HF_HUB_OFFLINE"):
+        diffusers.load("no-owner/no-model")
 
 
 # Writing.

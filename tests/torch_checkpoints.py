@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging
+
+from jaxpercept.checkpoints.rules import to_torch
 
 logging.disable_progress_bar()
 
@@ -160,3 +163,22 @@ def write_checkpoint(
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return modules
+
+
+def state(name: str, module: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The state dict under the names of published checkpoints."""
+    prefix = "text_model." if name == "text_encoder" else ""
+    return {prefix + key: value.numpy() for key, value in module.state_dict().items()}
+
+
+def assert_bit_equal(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert value.dtype == right[key].dtype, key
+        assert value.shape == right[key].shape, key
+        np.testing.assert_array_equal(value, right[key], err_msg=key)
+
+
+def assert_holds(checkpoint, modules):
+    for name, module in modules.items():
+        assert_bit_equal(to_torch(checkpoint.params[name]), state(name, module))

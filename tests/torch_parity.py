@@ -1,52 +1,54 @@
-"""Weights and arrays between torch modules and this package, for parity tests."""
+"""What the parity tests share: random torch weights, and the same weights in this package."""
 
+from collections.abc import Callable
+
+import jax
 import numpy as np
 import torch
+from flax import nnx
+
+from jaxpercept.checkpoints import rules
+from jaxpercept.models.functional import abstract, bind
 
 
-def randomise(module: torch.nn.Module, rng: np.random.Generator, scale: float = 1.0) -> None:
+def randomise(module: torch.nn.Module, rng: np.random.Generator) -> torch.nn.Module:
     """Fresh values for every parameter, so that no zero or one hides a missing term.
 
-    Kernels: normal, std scale / sqrt(fan_in), which keeps activations of order one; norm scales
-    around one, all biases around zero.
+    Kernels: normal, std 1 / sqrt(fan_in), which keeps activations of order one; norm scales around
+    one, all biases around zero.
     """
-    seed = int(rng.integers(2**31))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     with torch.no_grad():
         for name, p in module.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if name.endswith("weight") and p.ndim == 1:
-                p.copy_(1 + 0.2 * noise)
-            elif "embedding.weight" in name and p.ndim == 2:
-                p.copy_(noise)
-            elif p.ndim > 1:
-                p.copy_(scale * noise / p[0].numel() ** 0.5)
-            else:
+            if name.endswith("bias"):
                 p.copy_(0.2 * noise)
-
-
-def params_of(module: torch.nn.Module, prefix: str = "") -> dict[str, np.ndarray]:
-    """A torch module's state dict as {path: array} in this package's names and layouts."""
-    params = {}
-    for name, tensor in module.state_dict().items():
-        path, leaf = prefix + name.rpartition(".")[0], name.rpartition(".")[2]
-        value = tensor.detach().numpy()
-        if leaf == "weight":
-            if value.ndim == 4:
-                leaf, value = "kernel", value.transpose(2, 3, 1, 0)
-            elif value.ndim == 2 and path.endswith("_embedding"):
-                leaf = "embedding"
-            elif value.ndim == 2:
-                leaf, value = "kernel", value.T
+            elif p.ndim == 1:
+                p.copy_(1 + 0.2 * noise)
+            elif name.endswith("_embedding.weight"):
+                p.copy_(noise)
             else:
-                leaf = "scale"
-        params[f"{path}.{leaf}"] = value
-    return params
+                p.copy_(noise / p[0].numel() ** 0.5)
+    return module.eval().requires_grad_(False)
+
+
+def params_of(module: torch.nn.Module, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict:
+    """A torch module's weights as {path: array}, through the package's own rule table."""
+    return rules.to_jax(shapes, {k: t.detach().numpy() for k, t in module.state_dict().items()})
+
+
+def port(make: Callable[[], nnx.Module], module: torch.nn.Module) -> tuple[Callable, dict]:
+    """`(apply, params)`: the block that `make` builds, with a torch module's weights.
+
+    `apply(params, *inputs)` is jitted.
+    """
+    graphdef, shapes = abstract(make)
+    apply = jax.jit(lambda params, *inputs: bind(graphdef, shapes, params)(*inputs))
+    return apply, params_of(module, shapes)
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
     """NHWC array to NCHW tensor; other arrays as they are."""
-    x = np.asarray(x)
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x)
 
 
@@ -56,7 +58,12 @@ def from_torch(x: torch.Tensor) -> np.ndarray:
     return x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
 
 
-def max_abs(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+def max_abs(a, b) -> float:
+    """Largest absolute difference of two arrays of one shape; a tensor counts as NHWC."""
+    a, b = (from_torch(x) if isinstance(x, torch.Tensor) else np.asarray(x) for x in (a, b))
     assert a.shape == b.shape, (a.shape, b.shape)
-    return float(np.abs(a - b).max())
+    return float(np.abs(a.astype(np.float32) - b.astype(np.float32)).max())
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)

@@ -101,7 +101,7 @@ def _chunked_attention(
         if is_causal:
             mask = (start + jnp.arange(chunk))[:, None] >= jnp.arange(tk)[None, :]
             mask = mask[None, None]
-        return jax.nn.dot_product_attention(q_chunk, k, v, mask, implementation="xla")
+        return jax.nn.dot_product_attention(q_chunk, k, v, mask=mask, implementation="xla")
 
     # Padded queries attend to real keys and are cut off again.
     padded = jnp.pad(q, ((0, 0), (0, num_chunks * chunk - tq), (0, 0), (0, 0)))

@@ -8,7 +8,7 @@ diffusers 0.42 and transformers 5, which old files rely on when they lack a key.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from jaxpercept.errors import UserError
 
@@ -34,8 +34,25 @@ def _freeze(value: Any) -> Any:
     return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a frozen JSON value has the type of a field: unions, tuples[X, ...] and scalars."""
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
+    if arguments:
+        return any(_fits(value, argument) for argument in arguments)
+    return type(value) is hint  # not isinstance: True is no number of channels
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
 def _thaw(value: Any) -> Any:
     return [_thaw(v) for v in value] if isinstance(value, tuple) else value
+
+
+ConfigT = TypeVar("ConfigT", bound="_JsonConfig")
 
 
 class _JsonConfig:
@@ -46,18 +63,20 @@ class _JsonConfig:
     INERT: ClassVar[frozenset[str]]
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+    def from_dict(cls: type[ConfigT], config: Mapping[str, Any]) -> ConfigT:
         """Reads a config.json's content.
 
         Keys starting with "_" and keys without effect on this implementation are accepted.
 
         Raises UserError naming the first key that is unknown or has an unsupported value.
         """
-        fields = {f.name for f in dataclasses.fields(cls)}
+        fields = {f.name: f.type for f in dataclasses.fields(cls)}
         known = {}
         for key, value in config.items():
             value = _freeze(value)
             if key in fields:
+                if not _fits(value, fields[key]):
+                    raise cls._error(key, value, f"a value of type {_type_name(fields[key])}")
                 known[key] = value
             elif key in cls.FIXED:
                 # A per-level list is as good as its one value.
@@ -70,12 +89,7 @@ class _JsonConfig:
                     f"{cls.CLASS_NAME} config: key {key!r} is not supported; remove it if it has "
                     "no effect on the network, or use a checkpoint of a supported architecture."
                 )
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise UserError(
-                f"{cls.CLASS_NAME} config: a value has the wrong type ({error})."
-            ) from None
+        return cls(**known)
 
     @classmethod
     def _error(cls, key: str, value: Any, supported: str) -> UserError:
@@ -88,17 +102,14 @@ class _JsonConfig:
         if not ok:
             raise self._error(key, getattr(self, key), supported)
 
-    def _require_integer(self, *keys: str) -> None:
+    def _require_positive(self, *keys: str) -> None:
         for key in keys:
-            value = getattr(self, key)
-            ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            self._require(key, "a positive integer", ok)
+            self._require(key, "a positive number", (getattr(self, key) or 0) > 0)
 
     def _require_widths(self, key: str = "block_out_channels") -> None:
         """Widths: one positive integer a level, each divisible by the norm groups."""
         widths, groups = getattr(self, key), self.norm_num_groups
-        ok = isinstance(widths, tuple) and len(widths) > 0
-        ok = ok and all(isinstance(w, int) and w > 0 and w % groups == 0 for w in widths)
+        ok = len(widths) > 0 and all(w > 0 and w % groups == 0 for w in widths)
         self._require(key, f"one positive multiple of norm_num_groups={groups} a level", ok)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,20 +123,20 @@ class UNetConfig(_JsonConfig):
     """UNet2DConditionModel of SD 1.x, 2.x and their children (recipes.md 1.1, 1.8).
 
     `attention_head_dim` is, by diffusers' historic naming, the NUMBER of heads, one for all levels
-    or one a level; `num_attention_heads`, where given, is the same thing and wins.
+    or one a level; `num_attention_heads`, where given, is the same thing, wins and is moved there.
     """
 
     sample_size: int | tuple[int, ...] | None = None  # latent pixels of the training images; inert
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0
+    freq_shift: int | float = 0
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
     norm_num_groups: int = 32
-    norm_eps: float = 1e-5
+    norm_eps: int | float = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
@@ -171,7 +182,7 @@ class UNetConfig(_JsonConfig):
     )
 
     def __post_init__(self):
-        self._require_integer("in_channels", "out_channels", "norm_num_groups")
+        self._require_positive("in_channels", "out_channels", "norm_num_groups", "norm_eps")
         self._require_widths()
         levels = len(self.block_out_channels)
         for key, kinds in (
@@ -179,7 +190,7 @@ class UNetConfig(_JsonConfig):
             ("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D")),
         ):
             types = getattr(self, key)
-            ok = isinstance(types, tuple) and len(types) == levels and set(types) <= set(kinds)
+            ok = len(types) == levels and set(types) <= set(kinds)
             self._require(key, f"{levels} of {' and '.join(kinds)} (one a level)", ok)
         for key in (
             "layers_per_block",
@@ -190,29 +201,28 @@ class UNetConfig(_JsonConfig):
         ):
             value = getattr(self, key)
             values = value if isinstance(value, tuple) else (value,) * levels
-            ok = len(values) == levels and all(isinstance(v, int) and v > 0 for v in values)
-            ok = ok or (key == "num_attention_heads" and value is None)
+            ok = len(values) == levels and all(v is None or v > 0 for v in values)
             self._require(key, f"a positive integer or {levels} of them", ok)
-        for width, heads in zip(self.block_out_channels, self.per_level("heads"), strict=True):
-            key = (
-                "attention_head_dim" if self.num_attention_heads is None else "num_attention_heads"
-            )
-            self._require(key, f"numbers of heads that divide {width}", width % heads == 0)
+        if self.num_attention_heads is not None:
+            # One name for one thing; diffusers refuses files that set num_attention_heads.
+            object.__setattr__(self, "attention_head_dim", self.num_attention_heads)
+            object.__setattr__(self, "num_attention_heads", None)
+        heads = self.per_level("attention_head_dim")
+        divides = all(w % n == 0 for w, n in zip(self.block_out_channels, heads, strict=True))
+        self._require(
+            "attention_head_dim", f"numbers of heads dividing {self.block_out_channels}", divides
+        )
         self._require(
             "class_embed_type",
             "None or 'projection'",
             self.class_embed_type in (None, "projection"),
         )
         if self.class_embed_type == "projection":
-            self._require_integer("projection_class_embeddings_input_dim")
+            self._require_positive("projection_class_embeddings_input_dim")
 
     def per_level(self, key: str) -> tuple[int, ...]:
-        """A setting that may be one number or one a level, spread over the levels; "heads" is the
-        number of attention heads."""
-        if key == "heads":
-            value = self.num_attention_heads or self.attention_head_dim
-        else:
-            value = getattr(self, key)
+        """A setting that may be one number or one a level, spread over the levels."""
+        value = getattr(self, key)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
@@ -229,8 +239,8 @@ class VAEConfig(_JsonConfig):
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: int | tuple[int, ...] = 32  # inert
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
+    scaling_factor: int | float = 0.18215
+    shift_factor: int | float | None = None
     force_upcast: bool = True  # inert: the compute dtype is the caller's choice
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -245,8 +255,13 @@ class VAEConfig(_JsonConfig):
     INERT: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
-        self._require_integer(
-            "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"
+        self._require_positive(
+            "in_channels",
+            "out_channels",
+            "layers_per_block",
+            "latent_channels",
+            "norm_num_groups",
+            "scaling_factor",
         )
         self._require_widths()
         levels = len(self.block_out_channels)
@@ -256,8 +271,6 @@ class VAEConfig(_JsonConfig):
         ):
             self._require(key, f"{levels} times {kind!r}", getattr(self, key) == (kind,) * levels)
         self._require("shift_factor", "None or 0", self.shift_factor in (None, 0))
-        ok = isinstance(self.scaling_factor, int | float) and self.scaling_factor > 0
-        self._require("scaling_factor", "a positive number", ok)
 
     @property
     def downsampling(self) -> int:
@@ -276,7 +289,7 @@ class CLIPTextConfig(_JsonConfig):
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: int | float = 1e-5
     # Kept only to write the file back as it was.
     projection_dim: int | None = 512
     pad_token_id: int | None = 1
@@ -288,13 +301,14 @@ class CLIPTextConfig(_JsonConfig):
     INERT: ClassVar[frozenset[str]] = frozenset(_TRANSFORMERS_KEYS.split())
 
     def __post_init__(self):
-        self._require_integer(
+        self._require_positive(
             "vocab_size",
             "hidden_size",
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
             "max_position_embeddings",
+            "layer_norm_eps",
         )
         self._require(
             "num_attention_heads",

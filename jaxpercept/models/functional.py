@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -46,45 +46,34 @@ class Functional:
 
         Raises ValueError listing missing and unexpected paths, and those of a wrong shape.
         """
-        problems = []
-        if missing := sorted(self.shapes.keys() - params.keys()):
-            problems.append(f"missing: {', '.join(missing)}")
-        if extra := sorted(params.keys() - self.shapes.keys()):
-            problems.append(f"unexpected: {', '.join(extra)}")
-        problems += [
-            f"{path} has shape {np.shape(params[path])}, not {struct.shape}"
-            for path, struct in self.shapes.items()
-            if path in params and np.shape(params[path]) != struct.shape
-        ]
-        if problems:
-            raise ValueError(
-                f"parameters do not fit {type(self.config).__name__}: " + "; ".join(problems)
-            )
-        tree = traverse_util.unflatten_dict({_keys(path): params[path] for path in self.shapes})
-        return nnx.merge(self.graphdef, tree)
+        return bind(self.graphdef, self.shapes, params)
 
-    def init(self, key: Key[Array, ""]) -> dict[str, Array]:
-        """Random parameters as a fresh torch module has them; float32, jittable.
+    def init(self, key: Key[Array, ""] | int) -> dict[str, Float[np.ndarray, "..."]]:
+        """Random parameters as a fresh torch module has them: float32 arrays on the host.
 
         Kernels and biases of convolutions and linear layers: uniform within 1/sqrt(fan_in)
         (kaiming-uniform with a = sqrt(5)); norms: one and zero; embeddings: normal with std 0.02,
         as CLIP. A parameter depends on the key and on its own path only.
-        """
-        return {path: self._init_one(path, key) for path in self.shapes}
 
-    def _init_one(self, path: str, key: Key[Array, ""]) -> Float[Array, "..."]:
-        key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        NumPy draws them, so the values are the same on every backend and mesh, and nothing is
+        compiled: XLA takes about a second per random op on a CPU. Not for use under jit.
+        """
+        seed = [key] if isinstance(key, int) else np.asarray(jax.random.key_data(key)).tolist()
+        return {path: self._init_one(path, seed) for path in self.shapes}
+
+    def _init_one(self, path: str, seed: list[int]) -> Float[np.ndarray, "..."]:
+        rng = np.random.default_rng([*seed, zlib.crc32(path.encode())])
         shape = self.shapes[path].shape
         module, _, leaf = path.rpartition(".")
         if leaf == "scale":
-            return jnp.ones(shape)
+            return np.ones(shape, np.float32)
         if leaf == "embedding":
-            return 0.02 * jax.random.normal(key, shape)
+            return np.float32(0.02) * rng.standard_normal(shape, np.float32)
         kernel = self.shapes.get(f"{module}.kernel")
         if kernel is None:  # the bias of a norm
-            return jnp.zeros(shape)
+            return np.zeros(shape, np.float32)
         bound = 1 / math.sqrt(math.prod(kernel.shape[:-1]))
-        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        return np.float32(2 * bound) * (rng.random(shape, np.float32) - np.float32(0.5))
 
 
 def functional(
@@ -110,12 +99,38 @@ def _build(config: Config, dtype: np.dtype, remat: str, attention: str) -> Funct
     make = functools.partial(
         _module_class(config), config, dtype=dtype, remat=remat, attention=attention
     )
+    return Functional(config, dtype, remat, attention, *abstract(make))
+
+
+def abstract(make: Callable[[], nnx.Module]) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """Graphdef and {path: shape} of the module that `make` builds, without allocating it."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     shapes = {
-        ".".join(map(str, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for path, leaf in nnx.to_flat_state(state)
+        ".".join(map(str, keys)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for keys, leaf in nnx.to_flat_state(state)
     }
-    return Functional(config, dtype, remat, attention, graphdef, shapes)
+    return graphdef, shapes
+
+
+def bind(
+    graphdef: Any, shapes: Mapping[str, jax.ShapeDtypeStruct], params: Mapping[str, Any]
+) -> nnx.Module:
+    """The module of `abstract`'s answer with parameters {path: array}.
+
+    Raises ValueError listing missing and unexpected paths, and those of a wrong shape.
+    """
+    missing, extra = shapes.keys() - params.keys(), params.keys() - shapes.keys()
+    problems = [f"missing {path}" for path in sorted(missing)]
+    problems += [f"unexpected {path}" for path in sorted(extra)]
+    problems += [
+        f"{path} has shape {np.shape(params[path])}, not {shapes[path].shape}"
+        for path in sorted(shapes.keys() & params.keys())
+        if np.shape(params[path]) != shapes[path].shape
+    ]
+    if problems:
+        raise ValueError("these parameters do not fit the network: " + "; ".join(problems))
+    flat = {_keys(path): jnp.asarray(params[path]) for path in shapes}
+    return nnx.merge(graphdef, traverse_util.unflatten_dict(flat))
 
 
 def _keys(path: str) -> tuple[str | int, ...]:

@@ -171,7 +171,7 @@ def timestep_embedding(
     dim: int,
     *,
     flip_sin_to_cos: bool = True,
-    freq_shift: float = 0,
+    freq_shift: int | float = 0,
 ) -> Float[Array, "b d"]:
     """Sinusoidal features of the timestep, float32 (DDPM, arXiv 2006.11239, as diffusers has them).
 

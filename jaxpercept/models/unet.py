@@ -54,7 +54,7 @@ class _Level(nnx.Module):
                 [
                     Transformer2DModel(
                         widths[0][1],
-                        config.per_level("heads")[level],
+                        config.per_level("attention_head_dim")[level],
                         config.per_level("cross_attention_dim")[level],
                         num_layers=config.per_level("transformer_layers_per_block")[level],
                         num_groups=groups,
@@ -73,10 +73,10 @@ class _Level(nnx.Module):
 
     def layer(
         self, index: int, x: Feature, time: Float[Array, "b t"], context: Float[Array, "b l d"]
-    ) -> Feature:
+    ) -> Float[Array, "b h w co"]:
         """Residual block `index` and its transformer."""
 
-        def apply(x: Feature, time: Float[Array, "b t"], context: Float[Array, "b l d"]) -> Feature:
+        def apply(x: Array, time: Array, context: Array) -> Array:
             x = self.resnets[index](x, time)
             return self.attentions[index](x, context) if self.has_attention else x
 
@@ -104,7 +104,7 @@ class DownBlock(_Level):
 
     def __call__(
         self, x: Feature, time: Float[Array, "b t"], context: Float[Array, "b l d"]
-    ) -> tuple[Feature, list[Array]]:
+    ) -> tuple[Float[Array, "b ho wo co"], list[Array]]:
         """The block's output and everything it passes to the up path, in order."""
         skips = []
         for i in range(len(self.resnets)):
@@ -164,7 +164,7 @@ class UpBlock(_Level):
         time: Float[Array, "b t"],
         context: Float[Array, "b l d"],
         size: tuple[int, int] | None,
-    ) -> Feature:
+    ) -> Float[Array, "b ho wo co"]:
         """Takes its skips off the end of `skips`; `size` is that of the next block's skips."""
         for i in range(len(self.resnets)):
             x = jnp.concatenate([x, skips.pop()], axis=-1)

@@ -1,6 +1,8 @@
 """The convolutional autoencoder of latent diffusion (diffusers' AutoencoderKL), NHWC."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +178,7 @@ class AutoencoderKL(nnx.Module):
 
 
 def encode_mean(
-    vae: Functional, params: dict[str, Array], x: Float[Array, "b H W i"]
+    vae: Functional, params: Mapping[str, Any], x: Float[Array, "b H W i"]
 ) -> Float[Array, "b h w c"]:
     """Scaled latent of an image in [-1, 1]: the posterior's mean times scaling_factor, float32.
 
@@ -187,7 +189,7 @@ def encode_mean(
 
 
 def decode_latents(
-    vae: Functional, params: dict[str, Array], z: Float[Array, "b h w c"]
+    vae: Functional, params: Mapping[str, Any], z: Float[Array, "b h w c"]
 ) -> Float[Array, "b H W o"]:
     """Image of a scaled latent, float32, unclamped."""
     return vae.bind(params).decode(z / vae.config.scaling_factor).astype(jnp.float32)

@@ -12,7 +12,6 @@ SLURM, GKE, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID) fi
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 import jax
@@ -20,29 +19,13 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from jaxpercept import cli
+from jaxpercept.inference.observers import evaluation_observer, picture_observer
 from jaxpercept.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, FILE[:PRESET].")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default: runs/FILE[-PRESET]. Continued if it exists."
 )
-
-
-def initialize_distributed() -> None:
-    """Join the other processes of a multi-process run, if this is one."""
-    sizes = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    several = any(int(os.environ.get(name, "1") or 1) > 1 for name in sizes)
-    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_NUM_SLICES" in os.environ
-    if not (several or pod):
-        return
-    if "JAX_NUM_PROCESSES" in os.environ:
-        jax.distributed.initialize(
-            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-        )
-    else:
-        jax.distributed.initialize()
 
 
 def default_workdir(config_file: str) -> Path:
@@ -55,16 +38,16 @@ def main() -> None:
     """Read the flags, train, evaluate."""
     config = _CONFIG.value
     name = config_flags.get_config_filename(flags.FLAGS["config"])
-    initialize_distributed()
+    cli.initialize_distributed()
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(name)
     logging.info("%d device(s): %s", jax.device_count(), jax.devices()[0].device_kind)
-    from jaxpercept.training.observers import evaluation_observer, picture_observer
-
+    evaluate = functools.partial(evaluation_observer, workdir=workdir)
+    predicts = config.method.name == "one_step"
     train(
         config,
         workdir,
-        evaluate=functools.partial(evaluation_observer, config=config, workdir=workdir),
-        pictures=functools.partial(picture_observer, config=config),
+        evaluate=evaluate if predicts and config.evaluation.dataset else None,
+        pictures=None if predicts else picture_observer,
     )
     logging.info("done: %s", workdir)
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from jaxpercept.data.datasets import DATASETS, open_dataset
 from jaxpercept.data.transforms import Augment, prepare
+from jaxpercept.inference.evaluator import Evaluator
+from jaxpercept.inference.panel import panel
+from jaxpercept.inference.report import table, write_report
 from jaxpercept.methods import Autoencoder, TextToImage
 from jaxpercept.training.loop import Observer
 from jaxpercept.training.metric_writer import MetricWriter
@@ -20,6 +25,40 @@ from jaxpercept.training.optim import Params
 from jaxpercept.training.setup import Setup
 
 _COLUMNS = 8
+
+
+def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
+    """Evaluate as `config.evaluation` says; the last report lies in `workdir/evaluation/DATASET`.
+
+    The panel of input, truth and prediction also goes to the run's pictures.
+    """
+    config = setup.description.config
+    options = dict(config["evaluation"])
+    dataset = options.pop("dataset")
+    own = config["data"]["options"].get(dataset, {})
+    evaluator = Evaluator(
+        setup.method,
+        dataset,
+        mesh=mesh,
+        resolution=setup.description.resolution,
+        data_dir=own.get("data_dir", config["data_dir"]) or None,
+        depth_scale=own.get("depth_scale"),
+        **options,
+    )
+
+    def observe(step: int, weights: Params, writer: MetricWriter) -> dict[str, float]:
+        result = evaluator.run(weights)
+        logging.info("after step %d, %s", step, table(result))
+        if jax.process_index() == 0:
+            facts = {"checkpoint": str(workdir), "step": step}
+            write_report(workdir / "evaluation" / dataset, result, facts)
+        if result.pictures:
+            writer.picture(step, dataset, panel(result.pictures))
+        scores = {f"{dataset}/{name}": value for name, value in result.means.items()}
+        scores |= {f"{dataset}/constant_{name}": v for name, v in result.baseline.items()}
+        return scores
+
+    return observe
 
 
 def picture_observer(setup: Setup, mesh: Mesh) -> Observer:

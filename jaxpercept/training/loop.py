@@ -181,10 +181,13 @@ class _Loop:
         values["learning_rate"] = float(self.schedule(step - 1))
         values |= clock.read()
         self.writer.scalars(step, values)
-        bar.set_postfix_str(
+        summary = (
             f"loss {values['loss']:.4f}, {values['images_per_second']:.1f} img/s, "
             f"{values['step_seconds'] * 1e3:.0f} ms/step"
         )
+        bar.set_postfix_str(summary)
+        if bar.disable:  # no terminal: a line in the log instead
+            logging.info("step %d/%d: %s", step, self.config.steps, summary)
 
     def _observe(self, step: int, state: State, frozen: Params) -> None:
         for every, observer in self.observers.items():

@@ -20,8 +20,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxpercept.data.scenes.builder import CLASS, CLASSES, Parts
 from jaxpercept.data.scenes.language import caption, phrases, sights
-from jaxpercept.data.scenes.layout import Camera, Layout, compose
+from jaxpercept.data.scenes.layout import compose
 from jaxpercept.data.scenes.palette import Draws
+from jaxpercept.data.scenes.plan import Camera, Layout
 from jaxpercept.data.scenes.raster import (
     FACES,
     Bounds,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxpercept.data.scenes.palette import Material
+from jaxpercept.data.scenes.palette import Material, Number
 from jaxpercept.data.scenes.raster import Solids
 
 CLASSES = (
@@ -22,14 +22,14 @@ CYLINDER = (1.0, 1.0, 0.0, 0.0, -1.0)
 ELLIPSOID = (1.0, 1.0, 1.0, 0.0, -1.0)
 
 
-def cone(top: float) -> tuple[float, ...]:
+def cone(top: Number) -> tuple[Number, ...]:
     """A frustum whose upper radius is `top` times the lower one (0 <= top), in its box."""
     wide = max(1.0, top)
     mean, slope = 0.5 * (1.0 + top) / wide, 0.5 * (top - 1.0) / wide
     return (1.0, 1.0, -slope * slope, -2.0 * mean * slope, -mean * mean)
 
 
-def rounded(scale: float) -> tuple[float, ...]:
+def rounded(scale: Number) -> tuple[Number, ...]:
     """A box cut by the ellipsoid of `scale` times its half extents: 1 ellipsoid ... 1.7 box."""
     return (scale, 1.0, 1.0, 0.0, -1.0)
 
@@ -37,17 +37,17 @@ def rounded(scale: float) -> tuple[float, ...]:
 class Place(NamedTuple):
     """A pose on the floor plan: local x and z directions are (cos, -sin) and (sin, cos)."""
 
-    x: float
-    y: float
-    z: float
-    cos: float
-    sin: float
+    x: Number
+    y: Number
+    z: Number
+    cos: Number
+    sin: Number
 
-    def at(self, x: float, y: float, z: float) -> "Place":
+    def at(self, x: Number, y: Number, z: Number) -> "Place":
         return Place(self.x + self.cos * x + self.sin * z, self.y + y,
                      self.z - self.sin * x + self.cos * z, self.cos, self.sin)  # fmt: skip
 
-    def turned(self, cos: float, sin: float) -> "Place":
+    def turned(self, cos: Number, sin: Number) -> "Place":
         return self._replace(
             cos=self.cos * cos - self.sin * sin, sin=self.sin * cos + self.cos * sin
         )
@@ -58,7 +58,7 @@ class Thing(NamedTuple):
 
     kind: str  # a name in CLASSES
     word: str  # colour word, "" where it has none
-    height: float  # metres
+    height: Number  # metres
     on: str  # what it stands on: "floor", "wall", or the class of the thing below it
 
 
@@ -66,10 +66,10 @@ class Surface(NamedTuple):
     """A horizontal rectangle that can carry things: its pose is its centre."""
 
     place: Place
-    half_x: float
-    half_z: float
+    half_x: Number
+    half_z: Number
     kind: str
-    room: float  # free height above it
+    room: Number  # free height above it
 
 
 class Parts(NamedTuple):
@@ -85,14 +85,14 @@ class Builder:
     """Boxes, cylinders and ellipsoids in the pose of the thing being built."""
 
     def __init__(self):
-        self.rows: list[tuple[float, ...]] = []
+        self.rows: list[tuple[Number, ...]] = []
         self.materials: list[Material] = []
         self.things: list[Thing] = []
         self.surfaces: list[Surface] = []
         self.place = Place(0.0, 0.0, 0.0, 1.0, 0.0)
         self._numbers: dict[int, int] = {}
 
-    def begin(self, kind: str, word: str, height: float, place: Place, on: str = "floor") -> None:
+    def begin(self, kind: str, word: str, height: Number, place: Place, on: str = "floor") -> None:
         self.things.append(Thing(kind, word, height, on))
         self.place = place
 
@@ -105,8 +105,8 @@ class Builder:
 
     def box(
         self,
-        centre: tuple[float, float, float],
-        half: tuple[float, float, float],
+        centre: tuple[Number, Number, Number],
+        half: tuple[Number, Number, Number],
         material: Material,
         *,
         front: Material | None = None,
@@ -114,9 +114,9 @@ class Builder:
         top: Material | None = None,
         bottom: Material | None = None,
         structure: bool = False,
-        turn: tuple[float, float] | None = None,
-        tilt: tuple[float, float] = (1.0, 0.0),
-        quadric: tuple[float, ...] = NO_QUADRIC,
+        turn: tuple[Number, Number] | None = None,
+        tilt: tuple[Number, Number] = (1.0, 0.0),
+        quadric: tuple[Number, ...] = NO_QUADRIC,
     ) -> None:
         """A box (or what `quadric` leaves of it); turn = (cos, sin) about y, tilt about local x.
 
@@ -163,33 +163,37 @@ class Builder:
         return Parts(solids, material, rows[:, 20].astype(np.int32), inward)
 
 
-def footprint(place: Place, half_x: float, half_z: float) -> tuple[float, float, float, float]:
+def footprint(
+    place: Place, half_x: Number, half_z: Number
+) -> tuple[Number, Number, Number, Number]:
     """Axis-aligned bounds (x0, x1, z0, z1) of a turned rectangle centred at `place`."""
     wide = abs(place.cos) * half_x + abs(place.sin) * half_z
     deep = abs(place.sin) * half_x + abs(place.cos) * half_z
     return place.x - wide, place.x + wide, place.z - deep, place.z + deep
 
 
-def overlaps(a: tuple[float, ...], b: tuple[float, ...], gap: float = 0.0) -> bool:
+def overlaps(a: tuple[Number, ...], b: tuple[Number, ...], gap: Number = 0.0) -> bool:
     return (
         a[0] < b[1] + gap and b[0] < a[1] + gap and a[2] < b[3] + gap and b[2] < a[3] + gap
     )  # fmt: skip
 
 
-def ground_map(parts: Parts, size: tuple[float, float], cells: int) -> Float[np.ndarray, "z x"]:
+def ground_map(parts: Parts, size: tuple[Number, Number], cells: int) -> Float[np.ndarray, "z x"]:
     """How much of the floor each cell has covered closely from above: 1 under things on it."""
     cover = np.zeros((cells, cells), np.float32)
     centre, half = parts.solids.centre, parts.solids.half
-    reach = (np.abs(parts.solids.axes) * half[:, :, None]).sum(1)
-    low = np.concatenate([centre - reach], axis=0)
-    bounds = np.stack(
-        [low[:, 0], centre[:, 0] + reach[:, 0], low[:, 2], centre[:, 2] + reach[:, 2]], axis=1
-    )
-    scale = np.array([cells / size[0]] * 2 + [cells / size[1]] * 2)
-    index = np.clip(np.floor(bounds * scale + 0.5), 0, cells).astype(int)
-    weight = 1.0 / (1.0 + 6.0 * np.maximum(low[:, 1], 0.0))
-    kept = np.flatnonzero((low[:, 1] < 0.8) & (np.arange(len(centre)) >= parts.inward))
-    for (x0, x1, z0, z1), strength in zip(index[kept].tolist(), weight[kept].tolist(), strict=True):
+    reach = np.abs(parts.solids.axes) * half[:, :, None]
+    reach = reach[:, 0] + reach[:, 1] + reach[:, 2]
+    low, high = centre - reach, centre + reach
+    kept = np.flatnonzero(low[:, 1] < 0.5)
+    kept = kept[np.searchsorted(kept, parts.inward) :]
+    scale = (cells / size[0], cells / size[1])
+    index = np.empty((len(kept), 4), np.int64)
+    for at, bound in ((0, low), (1, high)):
+        index[:, at] = np.clip(bound[kept, 0] * scale[0] + 0.5, 0, cells)
+        index[:, at + 2] = np.clip(bound[kept, 2] * scale[1] + 0.5, 0, cells)
+    weight = 1.0 / (1.0 + 6.0 * np.maximum(low[kept, 1], 0.0))
+    for (x0, x1, z0, z1), strength in zip(index.tolist(), weight.tolist(), strict=True):
         part = cover[z0:z1, x0:x1]
         np.maximum(part, strength, out=part)
     return cover

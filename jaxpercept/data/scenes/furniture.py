@@ -11,6 +11,7 @@ from jaxpercept.data.scenes.builder import CYLINDER, ELLIPSOID, Builder, Place, 
 from jaxpercept.data.scenes.palette import (
     Draws,
     Material,
+    Number,
     clutter,
     fabric,
     front,
@@ -29,8 +30,8 @@ class Kind(NamedTuple):
     """A row of the furniture table: class name, size range (w, h, d) and what builds it."""
 
     name: str
-    low: tuple[float, float, float]
-    high: tuple[float, float, float]
+    low: tuple[Number, Number, Number]
+    high: tuple[Number, Number, Number]
     build: Callable[..., None]
 
 
@@ -38,13 +39,13 @@ def body(draws: Draws) -> Material:
     return wood(draws) if draws.chance(0.6) else paint(draws)
 
 
-def _legs(b: Builder, w: float, h: float, d: float, thick: float, material: Material) -> None:
+def _legs(b: Builder, w: Number, h: Number, d: Number, thick: Number, material: Material) -> None:
     t, x, z = 0.5 * thick, 0.5 * (w - thick), d - 0.5 * thick
     for cx, cz in ((-x, t), (x, t), (-x, z), (x, z)):
         b.box((cx, 0.5 * h, cz), (t, 0.5 * h, t), material)
 
 
-def bed(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def bed(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     frame, cover, pillow = body(draws), fabric(draws), fabric(draws, vivid=draws.chance(0.4))
     b.begin("bed", cover.word, h, place)
     low = draws.between(0.12, 0.25)
@@ -53,8 +54,9 @@ def bed(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) ->
     sheet = fabric(draws, "white") if draws.chance(0.5) else cover
     b.box((0, 0.5 * (h + low), 0.5 * d), (0.49 * w, 0.5 * (h - low), 0.49 * d), sheet, quadric=soft)
     top = draws.between(0.3, 0.7)
-    b.box((0, 0.5 * h + 0.08, d - 0.5 * (1 - 0.3 * top) * d + 0.03),
-          (0.51 * w, 0.5 * h - 0.06, 0.5 * (1 - 0.3 * top) * d), cover, quadric=rounded(1.45))  # fmt: skip
+    reach = 0.5 * (1 - 0.3 * top) * d
+    b.box((0, 0.5 * h + 0.08, d - reach + 0.03), (0.51 * w, 0.5 * h - 0.06, reach), cover,
+          quadric=rounded(1.45))  # fmt: skip
     if draws.chance(0.75):
         tall = draws.between(0.2, 0.7)
         b.box((0, 0.5 * (h + tall), 0.03), (0.51 * w, 0.5 * (h + tall), 0.03), frame)
@@ -69,7 +71,7 @@ def bed(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) ->
     b.surface(0, h, 0.65 * d, 0.3 * w, 0.25 * d, "bed", 0.6)
 
 
-def sofa(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def sofa(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     cloth = fabric(draws, vivid=draws.chance(0.6))
     if draws.chance(0.2):
         cloth = paint(draws, gloss=0.3)
@@ -103,7 +105,7 @@ def sofa(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -
                   turn=rotation(draws.between(-0.4, 0.4)), quadric=rounded(1.2))  # fmt: skip
 
 
-def chair(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def chair(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     frame = wood(draws) if draws.chance(0.65) else paint(draws, vivid=True)
     seat_material = fabric(draws) if draws.chance(0.4) else frame
     b.begin("chair", frame.word, h, place)
@@ -136,7 +138,7 @@ def chair(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) 
             b.box((number * 0.22 * w, middle, t), (0.02, reach, 0.4 * t), frame, tilt=lean)
 
 
-def table(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def table(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     top = wood(draws) if draws.chance(0.7) else paint(draws)
     frame = top if draws.chance(0.6) else metal(draws)
     b.begin("table", top.word, h, place)
@@ -156,7 +158,7 @@ def table(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) 
     b.surface(0, h, 0.5 * d, 0.42 * w, 0.42 * d, "table")
 
 
-def desk(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def desk(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     top = body(draws)
     b.begin("desk", top.word, h, place)
     b.box((0, h - 0.02, 0.5 * d), (0.5 * w, 0.02, 0.5 * d), top)
@@ -169,7 +171,7 @@ def desk(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -
     b.surface(0, h, 0.45 * d, 0.45 * w, 0.38 * d, "desk")
 
 
-def cabinet(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def cabinet(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     shell = body(draws)
     tile = draws.pick(("panel", "drawers", "drawers", "cupboards"))
     across = max(1.0, round(w / (0.9 if tile == "panel" else 1.4)))
@@ -191,7 +193,7 @@ def scaled_down(material: Material) -> Material:
     return material._replace(first=scaled(material.first, 0.4), second=scaled(material.second, 0.4))
 
 
-def shelf(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def shelf(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     shell = body(draws)
     b.begin("shelf", shell.word, h, place)
     t, count = 0.015, max(2, round(h / draws.between(0.3, 0.45)))
@@ -217,7 +219,7 @@ def shelf(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) 
                                        size_v=1.0))  # fmt: skip
 
 
-def counter(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def counter(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     shell = body(draws)
     top = stone(draws) if draws.chance(0.8) else wood(draws)
     b.begin("counter", top.word, h, place)
@@ -240,7 +242,7 @@ def counter(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float
         b.surface(0, h + 0.02, 0.5 * d, 0.46 * w, 0.4 * d, "counter")
 
 
-def fridge(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def fridge(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     shell = metal(draws) if draws.chance(0.4) else paint(draws, "white", gloss=0.3)
     b.begin("fridge", shell.word, h, place)
     b.box((0, 0.5 * h, 0.46 * d), (0.5 * w, 0.5 * h, 0.46 * d), shell)
@@ -250,17 +252,18 @@ def fridge(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float)
         b.box((0.42 * w, 0.5 * (low + high), d + 0.02), (0.012, 0.15, 0.02), scaled_down(shell))
 
 
-def oven(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def oven(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     shell = paint(draws, draws.pick(("white", "black", "grey")), gloss=0.4)
     b.begin("oven", shell.word, h, place)
-    b.box((0, 0.5 * h, 0.5 * d), (0.5 * w, 0.5 * h, 0.5 * d), shell, front=front(draws, shell, "oven"),
+    b.box((0, 0.5 * h, 0.5 * d), (0.5 * w, 0.5 * h, 0.5 * d), shell,
+          front=front(draws, shell, "oven"),
           top=paint(draws, draws.pick(("black", "white"))))  # fmt: skip
     if draws.chance(0.4):
         b.box((0, h + 0.08, 0.04), (0.5 * w, 0.08, 0.04), shell)
     b.surface(0, h, 0.5 * d, 0.4 * w, 0.35 * d, "oven", 0.5)
 
 
-def lamp(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def lamp(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     pole = metal(draws)
     shade = light_panel(draws, "flat", draws.pick((0.0, 0.6, 1.2)))
     b.begin("lamp", shade.word, h, place)
@@ -274,18 +277,18 @@ def lamp(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -
     b.cylinder(0, h - tall, 0.5 * d, 0.5 * w, tall, shade, cone(draws.between(0.4, 0.9)))
 
 
-def television(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def television(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     stand, tall = body(draws), draws.between(0.35, 0.6)
     b.begin("cabinet", stand.word, tall, place)
-    b.box((0, 0.5 * tall, 0.5 * d), (0.5 * w, 0.5 * tall, 0.5 * d), stand,
-          front=front(draws, stand, draws.pick(("panel", "cupboards", "drawers")), 2.0))  # fmt: skip
+    face = front(draws, stand, draws.pick(("panel", "cupboards", "drawers")), 2.0)
+    b.box((0, 0.5 * tall, 0.5 * d), (0.5 * w, 0.5 * tall, 0.5 * d), stand, front=face)
     b.surface(0.36 * w, tall, 0.5 * d, 0.1 * w, 0.3 * d, "cabinet")
     wide = min(0.46 * w, 0.6) * draws.between(0.75, 1.0)
     b.begin("television", "black", 1.2 * wide, place.at(0, tall, 0.5 * d), "cabinet")
     screen(b, draws, wide)
 
 
-def screen(b: Builder, draws: Draws, half: float) -> None:
+def screen(b: Builder, draws: Draws, half: Number) -> None:
     """A television or monitor that stands at the origin, `half` its half width."""
     case = paint(draws, draws.pick(("black", "black", "grey")), gloss=0.5)
     glass = picture(draws, "screen")._replace(
@@ -300,7 +303,7 @@ def screen(b: Builder, draws: Draws, half: float) -> None:
     b.box((0, 0.1 + 0.6 * half, 0), (half, 0.6 * half, thick), case, front=glass)
 
 
-def toilet(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def toilet(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     china = paint(draws, "white", gloss=0.5)
     b.begin("toilet", "white", h, place)
     b.box((0, 0.5 * (h + 0.38), 0.1), (0.5 * w, 0.5 * (h - 0.38), 0.1), china, quadric=rounded(1.6))
@@ -308,7 +311,7 @@ def toilet(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float)
     b.cylinder(0, 0.34, 0.58 * d, 0.46 * w, 0.07, china, CYLINDER, radius_z=0.4 * d)
 
 
-def bathtub(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def bathtub(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     china = paint(draws, "white", gloss=0.5)
     b.begin("bathtub", "white", h, place)
     t = 0.05
@@ -319,7 +322,7 @@ def bathtub(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float
         b.box((x, 0.5 * h, 0.5 * d), (t, 0.5 * h, 0.5 * d), china)
 
 
-def sink(b: Builder, draws: Draws, place: Place, w: float, h: float, d: float) -> None:
+def sink(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Number) -> None:
     china = paint(draws, "white", gloss=0.5)
     shell = body(draws)
     b.begin("sink", "white", h, place)

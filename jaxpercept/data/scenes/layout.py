@@ -1,12 +1,11 @@
 """Draws one indoor scene: the room, the camera, the furniture along walls and in the middle."""
 
-from typing import NamedTuple
-
 from jaxpercept.data.scenes import props
 from jaxpercept.data.scenes.builder import Builder, Place, footprint, overlaps
 from jaxpercept.data.scenes.furniture import KINDS
 from jaxpercept.data.scenes.palette import (
     Draws,
+    Number,
     floor,
     light_panel,
     paint,
@@ -16,61 +15,9 @@ from jaxpercept.data.scenes.palette import (
     wall,
     wood,
 )
+from jaxpercept.data.scenes.plan import ROOMS, Camera, Layout, Light
 
-MAX_SOLIDS = 84
-# Along the walls and in the middle of each kind of room: furniture and how likely it is.
-ROOMS: dict[str, tuple[float, dict[str, float], dict[str, float]]] = {
-    "bedroom": (5, {"bed": 4, "nightstand": 3, "cabinet": 2.5, "wardrobe": 2, "desk": 1.2,
-                    "shelf": 1.2, "chair": 1, "lamp": 1, "armchair": 0.6, "television": 0.5},
-                {"bed": 2.5, "chair": 1, "prop": 2}),
-    "living room": (5, {"sofa": 4, "armchair": 2, "television": 2, "shelf": 2.5, "cabinet": 2,
-                        "lamp": 1.5, "chair": 0.8, "desk": 0.6, "wardrobe": 0.4},
-                    {"coffee": 3, "armchair": 1.5, "sofa": 1.5, "prop": 1.5, "table": 0.7}),
-    "kitchen": (4, {"counter": 6, "fridge": 2, "oven": 1.5, "cabinet": 1, "table": 0.5, "shelf": 0.7},
-                {"table": 2, "chair": 2, "counter": 1.5, "prop": 1}),
-    "dining room": (2.5, {"cabinet": 3, "shelf": 1.5, "chair": 1.5, "lamp": 0.7, "television": 0.4},
-                    {"dining": 5, "chair": 1.5, "prop": 1}),
-    "office": (3.5, {"desk": 4, "shelf": 3, "cabinet": 2.5, "chair": 1, "table": 1, "wardrobe": 0.7},
-               {"desk": 1.5, "chair": 3, "table": 1.5, "prop": 1.5}),
-    "bathroom": (1.8, {"sink": 3, "toilet": 2.5, "bathtub": 1.5, "cabinet": 1, "oven": 0.7},
-                 {"prop": 1.5, "chair": 0.2}),
-    "corridor": (0.8, {"cabinet": 1.5, "shelf": 1, "chair": 1, "wardrobe": 0.7, "lamp": 0.4},
-                 {"prop": 1}),
-    "storage room": (1.2, {"shelf": 4, "cabinet": 2, "wardrobe": 1, "table": 1, "fridge": 0.4},
-                     {"prop": 4, "table": 1, "chair": 0.6}),
-}  # fmt: skip
-
-
-class Camera(NamedTuple):
-    """World position, rows right/up/forward, focal length and centre in units of the width."""
-
-    position: tuple[float, float, float]
-    right: tuple[float, float, float]
-    up: tuple[float, float, float]
-    forward: tuple[float, float, float]
-    focal: float
-    shift: tuple[float, float]
-
-
-class Light(NamedTuple):
-    position: tuple[float, float, float]
-    colour: tuple[float, float, float]
-    falloff: float  # metres at which inverse-square falloff begins
-
-
-class Layout(NamedTuple):
-    """A scene before it is rendered."""
-
-    kind: str
-    builder: Builder
-    size: tuple[float, float, float]  # x, height, z
-    camera: Camera
-    lights: list[Light]  # the first casts shadows
-    ambient: tuple[float, float, float]
-    recess_walls: list[int]  # room face each recess opens on
-    recess_light: list[float]  # how bright each recess is within
-    wall_word: str
-    floor_word: str
+MAX_SOLIDS = 72
 
 
 class _Composer:
@@ -79,15 +26,16 @@ class _Composer:
         weights = {name: row[0] for name, row in ROOMS.items()}
         self.kind = draws.weighted(weights)
         self.size = self._size()
-        self.taken: list[tuple[float, float, float, float]] = []
+        self.taken: list[tuple[Number, Number, Number, Number]] = []
+        self.hung: list[tuple[Number, Number, Number, Number]] = []
         self.recess_walls: list[int] = []
-        self.recess_light: list[float] = []
+        self.recess_light: list[Number] = []
         self.windows: list[Place] = []
-        self.curtains: list[tuple[Place, float, float, float]] = []
+        self.curtains: list[tuple[Place, Number, Number, Number]] = []
         self._aim()
         self._shell()
 
-    def _size(self) -> tuple[float, float, float]:
+    def _size(self) -> tuple[Number, Number, Number]:
         draws = self.draws
         high = draws.middle(2.25, 2.9) if draws.chance(0.9) else draws.between(2.8, 3.8)
         if self.kind == "corridor":
@@ -95,12 +43,12 @@ class _Composer:
         if self.kind == "bathroom":
             return draws.between(1.7, 3.2), high, draws.between(2.2, 3.8)
         grow = draws.next()
-        return 2.8 + 4.0 * draws.next() * (0.4 + 0.6 * grow), high, 3.0 + 5.0 * grow * draws.next()
+        return 3.2 + 4.0 * draws.next() * (0.4 + 0.6 * grow), high, 3.1 + 5.0 * grow * draws.next()
 
     def _aim(self) -> None:
         draws = self.draws
         wide, high, deep = self.size
-        share = draws.between(0.1, 0.9)
+        share = draws.between(0.17, 0.83)
         back = draws.between(0.08, 0.5) if draws.chance(0.75) else draws.between(0.15, 0.45) * deep
         narrow = self.kind == "corridor"
         yaw = (0.5 - share) * (0.3 if narrow else 1.2)
@@ -127,8 +75,8 @@ class _Composer:
         other = wall(draws) if draws.chance(0.25) else paper
         over = paint(draws, "white", gloss=0.0) if draws.chance(0.85) else paper
         self.wall = paper
-        self.b.box((0.5 * wide, 0.5 * high, 0.5 * deep), (0.5 * wide, 0.5 * high, 0.5 * deep), paper,
-                   front=other, top=over, bottom=self.ground, structure=True)  # fmt: skip
+        half = (0.5 * wide, 0.5 * high, 0.5 * deep)
+        self.b.box(half, half, paper, front=other, top=over, bottom=self.ground, structure=True)
         for face in self.facing():
             place, length = self.wall_place(face)
             if draws.chance(0.42):
@@ -144,7 +92,7 @@ class _Composer:
             faces.append(1)
         return faces
 
-    def wall_place(self, face: int) -> tuple[Place, float]:
+    def wall_place(self, face: int) -> tuple[Place, Number]:
         """The wall's frame (origin in the middle of its foot, z into the room) and its length."""
         wide, _, deep = self.size
         if face == 5:
@@ -153,7 +101,7 @@ class _Composer:
             return Place(0.0, 0.0, 0.5 * deep, 0.0, 1.0), deep
         return Place(wide, 0.0, 0.5 * deep, 0.0, -1.0), deep
 
-    def _recess(self, face: int, place: Place, length: float) -> None:
+    def _recess(self, face: int, place: Place, length: Number) -> None:
         draws, high = self.draws, self.size[1]
         if draws.chance(0.45):  # a doorway to another room
             half, top = draws.between(0.38, 0.7), draws.between(1.95, 2.2)
@@ -168,6 +116,7 @@ class _Composer:
             self.b.box((0, 0.5 * top, -0.5 * depth), (half, 0.5 * top, 0.5 * depth), back,
                        back=back, bottom=self.ground, structure=True)  # fmt: skip
             self.taken.append(footprint(spot.at(0, 0, 0.35), half, 0.35))
+            self.hung.append(footprint(spot, half, 0.2))
         else:  # a window in a niche
             half, low = draws.between(0.4, 1.1), draws.between(0.7, 1.1)
             if length < 2 * half + 0.3:
@@ -176,6 +125,7 @@ class _Composer:
             depth, light = draws.between(0.06, 0.25), 1.0
             along = draws.between(-0.5, 0.5) * (length - 2 * half - 0.2)
             spot = place.at(along, 0, 0)
+            self.hung.append(footprint(spot, half, 0.2))
             kind = draws.weighted({"window": 3, "blinds": 2, "flat": 1})
             pane = light_panel(draws, kind, draws.between(0.8, 4.0))
             if draws.chance(0.15):
@@ -192,29 +142,36 @@ class _Composer:
 
     # Placement ------------------------------------------------------------------------------
 
-    def ahead(self, x: float, z: float) -> tuple[float, float]:
+    def ahead(self, x: Number, z: Number) -> tuple[Number, Number]:
         """(forward, sideways) floor distances from the camera."""
         (cy, sy), (cx, _, cz) = self.yaw, self.camera.position
         return sy * (x - cx) + cy * (z - cz), cy * (x - cx) - sy * (z - cz)
 
-    def seen(self, x: float, z: float, margin: float) -> bool:
+    def seen(self, x: Number, z: Number, margin: Number) -> bool:
         forward, sideways = self.ahead(x, z)
         return forward > 0.1 and abs(sideways) < forward * 0.5 / self.camera.focal + margin
 
-    def free(self, area: tuple[float, float, float, float], top: float, gap: float = 0.02) -> bool:
+    def free(
+        self, area: tuple[Number, Number, Number, Number], top: Number, gap: Number = 0.02
+    ) -> bool:
         """Whether an object fits: inside the room, clear of the others and of the camera."""
         wide, _, deep = self.size
         if area[0] < -0.01 or area[1] > wide + 0.01 or area[2] < -0.01 or area[3] > deep + 0.01:
             return False
-        cx, eye, cz = self.camera.position
-        dx = max(area[0] - cx, cx - area[1], 0.0)
-        dz = max(area[2] - cz, cz - area[3], 0.0)
-        near = 0.12 if top < eye - 0.35 else 0.6
-        if dx * dx + dz * dz < near * near:
+        if not self.far(area, 0.12 if top < self.camera.position[1] - 0.35 else 0.6):
             return False
         return not any(overlaps(area, other, gap) for other in self.taken)
 
-    def put(self, name: str, place: Place, dims: tuple[float, float, float], on_wall: bool) -> bool:
+    def far(self, area: tuple[Number, Number, Number, Number], near: Number) -> bool:
+        """Whether the area keeps `near` metres on the floor plan from the camera."""
+        cx, _, cz = self.camera.position
+        dx = max(area[0] - cx, cx - area[1], 0.0)
+        dz = max(area[2] - cz, cz - area[3], 0.0)
+        return dx * dx + dz * dz >= near * near
+
+    def put(
+        self, name: str, place: Place, dims: tuple[Number, Number, Number], on_wall: bool
+    ) -> bool:
         w, h, d = dims
         centre = place.at(0, 0, 0.5 * d)
         area = footprint(centre, 0.5 * w, 0.5 * d)
@@ -228,7 +185,7 @@ class _Composer:
         KINDS[name].build(self.b, self.draws, place, w, h, d)
         return True
 
-    def dims(self, name: str) -> tuple[float, float, float]:
+    def dims(self, name: str) -> tuple[Number, Number, Number]:
         row = KINDS[name]
         return tuple(self.draws.between(a, b) for a, b in zip(row.low, row.high, strict=True))
 
@@ -259,13 +216,13 @@ class _Composer:
                         self.turned_put("chair", chair, 3.14 + draws.between(-0.5, 0.5))
                 at += draws.between(0.02, 0.45) + (0.5 if draws.chance(0.15) else 0.0)
 
-    def turned_put(self, name: str, centre: Place, angle: float) -> bool:
+    def turned_put(self, name: str, centre: Place, angle: Number) -> bool:
         """Put furniture with its middle at `centre`, turned by `angle`."""
         dims = self.dims(name)
         spot = centre.turned(*rotation(angle))
         return self.put(name, spot.at(0, 0, -0.5 * dims[2]), dims, False)
 
-    def spot_in_view(self, low: float, high: float, spread: float = 0.9) -> Place:
+    def spot_in_view(self, low: Number, high: Number, spread: Number = 0.9) -> Place:
         """A point on the floor in front of the camera at a forward distance in [low, high]."""
         (cy, sy), (cx, _, cz) = self.yaw, self.camera.position
         forward = self.draws.between(low, high)
@@ -329,7 +286,7 @@ class _Composer:
             x = draws.pick((half_x, wide - half_x))
             z = draws.pick((deep - half_z, draws.between(0.4, 0.8) * deep))
             area = (x - half_x, x + half_x, z - half_z, z + half_z)
-            if self.free(area, high, 0.05):
+            if self.free(area, high, 0.05) and self.far(area, 1.2):
                 self.taken.append(area)
                 self.b.place = Place(x, 0.0, z, 1.0, 0.0)
                 self.b.box(
@@ -354,6 +311,9 @@ class _Composer:
                 kind = draws.weighted({"picture": 5, "door": 1.6, "shelf": 1, "clock": 0.4,
                                        "radiator": 0.5, "screen": 0.4})  # fmt: skip
                 area = footprint(spot.at(0, 0, 0.1), 0.5, 0.1)
+                if any(overlaps(area, other) for other in self.hung):
+                    continue
+                self.hung.append(area)
                 if kind == "door":
                     if self.free(area, 2.0):
                         props.door(self.b, draws, spot)
@@ -364,7 +324,7 @@ class _Composer:
                 else:
                     self._hang(kind, spot.at(0, draws.between(1.35, 1.75), 0), high)
 
-    def _hang(self, kind: str, spot: Place, high: float) -> None:
+    def _hang(self, kind: str, spot: Place, high: Number) -> None:
         draws = self.draws
         if kind == "clock":
             props.clock(self.b, draws, spot)
@@ -387,7 +347,7 @@ class _Composer:
         lamp = Light((wide * draws.between(0.2, 0.8), high - draws.between(0.1, 0.4),
                       deep * draws.between(0.25, 0.8)), tone, draws.between(0.8, 2.5))  # fmt: skip
         if draws.chance(0.5) and self.seen(lamp.position[0], lamp.position[2], 0.2):
-            x, y, z = lamp.position
+            x, _, z = lamp.position
             self.b.begin("lamp", "white", 0.2, Place(x, 0, z, 1, 0), "ceiling")
             panel = light_panel(draws, "flat", draws.between(1.0, 3.0))
             self.b.cylinder(0, high - 0.09, 0, draws.between(0.12, 0.25), 0.09, panel)
@@ -398,9 +358,9 @@ class _Composer:
             power = draws.between(0.5, 2.5)
             lights.append(Light((inside.x, inside.y, inside.z), tuple(power * c for c in day),
                                 draws.between(1.0, 2.5)))  # fmt: skip
-        behind = Light((cx + draws.between(-0.6, 0.6), min(high - 0.1, eye + draws.between(0.1, 0.9)),
-                        max(0.1, cz - draws.between(0.0, 0.5))), tint(draws, (250, 245, 235)),
-                       draws.between(1.0, 3.0))  # fmt: skip
+        back = (cx + draws.between(-0.6, 0.6), min(high - 0.1, eye + draws.between(0.1, 0.9)),
+                max(0.1, cz - draws.between(0.0, 0.5)))  # fmt: skip
+        behind = Light(back, tint(draws, (250, 245, 235)), draws.between(1.0, 3.0))
         choice = draws.weighted({"lamp": 5, "behind": 2, "window": 2.5 if lights else 0.0})
         if choice == "lamp":
             return [lamp, *lights[:1]]
@@ -412,7 +372,7 @@ class _Composer:
     def compose(self) -> Layout:
         draws = self.draws
         self.structure()
-        if draws.chance(0.35):
+        if draws.chance(0.28):
             self.foreground()
         if draws.chance(0.5):
             self.in_the_middle()

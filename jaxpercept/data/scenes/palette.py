@@ -1,12 +1,13 @@
 """Random draws, colours with names, and the materials made from them."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpercept.data.scenes.textures import TILE, linear
+from jaxpercept.data.scenes.textures import TILE, Number, linear
 
 # Display colours (8 bit) behind each colour word that captions use.
 COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -39,22 +40,24 @@ WINDOW_LIGHT = ((214, 232, 250), (250, 250, 246), (250, 238, 214))
 
 _WORDS = tuple(COLOURS)
 
+Colour = tuple[Number, Number, Number]
+
 
 class Draws:
     """A stream of random numbers in [0, 1) that depends on (seed, index) only."""
 
     def __init__(self, seed: int, index: int):
         self._bits = np.random.Generator(np.random.Philox(key=[seed, index]))
-        self.next = self._stream().__next__
+        self.next = itertools.chain.from_iterable(self._blocks()).__next__
 
-    def _stream(self):
+    def _blocks(self) -> Iterator[list[Number]]:
         while True:
-            yield from self._bits.random(512).tolist()
+            yield self._bits.random(512).tolist()
 
-    def between(self, low: float, high: float) -> float:
+    def between(self, low: Number, high: Number) -> Number:
         return low + (high - low) * self.next()
 
-    def middle(self, low: float, high: float) -> float:
+    def middle(self, low: Number, high: Number) -> Number:
         """Between low and high, with the middle likelier (the mean of two draws)."""
         return low + (high - low) * 0.5 * (self.next() + self.next())
 
@@ -62,13 +65,13 @@ class Draws:
         """An integer in low..high, both included."""
         return low + int((high - low + 1) * self.next())
 
-    def chance(self, probability: float) -> bool:
+    def chance(self, probability: Number) -> bool:
         return self.next() < probability
 
     def pick(self, options: Sequence[Any]) -> Any:
         return options[int(len(options) * self.next())]
 
-    def weighted(self, options: dict[str, float]) -> str:
+    def weighted(self, options: dict[str, Number]) -> str:
         left = sum(options.values()) * self.next()
         for name, weight in options.items():
             left -= weight
@@ -77,7 +80,7 @@ class Draws:
         return name
 
 
-def rotation(angle: float) -> tuple[float, float]:
+def rotation(angle: Number) -> tuple[Number, Number]:
     """(cos, sin) of an angle in radians, by exact arithmetic only.
 
     The half-angle tangent's series is cut at the fifth power within a quarter turn: the angle is
@@ -98,26 +101,23 @@ class Material(NamedTuple):
 
     word: str  # how a caption calls the colour
     tile: int
-    first: tuple[float, float, float]
-    second: tuple[float, float, float]
-    third: tuple[float, float, float]
-    size_u: float = 1.0  # metres per tile, or tiles per face if `fit`
-    size_v: float = 1.0
+    first: tuple[Number, Number, Number]
+    second: tuple[Number, Number, Number]
+    third: tuple[Number, Number, Number]
+    size_u: Number = 1.0  # metres per tile, or tiles per face if `fit`
+    size_v: Number = 1.0
     fit: bool = False
     turn: bool = False  # swap u and v
-    gloss: float = 0.0
-    glow: float = 0.0  # emitted light, as a multiple of the colour
+    gloss: Number = 0.0
+    glow: Number = 0.0  # emitted light, as a multiple of the colour
 
 
-Colour = tuple[float, float, float]
-
-
-def scaled(colour: Colour, factor: float) -> Colour:
+def scaled(colour: Colour, factor: Number) -> Colour:
     red, green, blue = colour
     return min(1.0, factor * red), min(1.0, factor * green), min(1.0, factor * blue)
 
 
-def tint(draws: Draws, rgb: tuple[int, int, int], spread: float = 0.12) -> Colour:
+def tint(draws: Draws, rgb: tuple[int, int, int], spread: Number = 0.12) -> Colour:
     """The colour in linear light with a random brightness and a slight cast."""
     level, low, next_draw = draws.between(1 - 2 * spread, 1 + spread), 1 - spread, draws.next
     red, green, blue = linear(rgb)
@@ -143,8 +143,8 @@ def paint(draws: Draws, word: str | None = None, *, vivid: bool = False, gloss=N
     """Plain lacquer, plastic or plaster."""
     word, base = colour(draws, word or draws.weighted(_VIVID if vivid else _NEUTRAL))
     gloss = draws.between(0.0, 0.3) if gloss is None else gloss
-    return Material(word, TILE["flat"], base, scaled(base, draws.between(0.7, 0.95)), base, 0.6, 0.6,
-                    gloss=gloss)  # fmt: skip
+    shade = scaled(base, draws.between(0.7, 0.95))
+    return Material(word, TILE["flat"], base, shade, base, 0.6, 0.6, gloss=gloss)
 
 
 def wood(draws: Draws, rgb: tuple[int, int, int] | None = None) -> Material:
@@ -154,7 +154,7 @@ def wood(draws: Draws, rgb: tuple[int, int, int] | None = None) -> Material:
                     size, size, turn=draws.chance(0.5), gloss=draws.between(0.0, 0.35))  # fmt: skip
 
 
-def front(draws: Draws, body: Material, tile: str, across: float = 1.0, up: float = 1.0):
+def front(draws: Draws, body: Material, tile: str, across: Number = 1.0, up: Number = 1.0):
     """A cabinet's front in the colour of its body: panels, drawers, doors."""
     dark = scaled(body.first, draws.between(0.2, 0.5))
     knob = dark if draws.chance(0.6) else scaled(body.first, 1.6)
@@ -175,7 +175,8 @@ def fabric(draws: Draws, word: str | None = None, *, vivid: bool = True) -> Mate
         second = scaled(base, 0.5) if close else colour(draws, draws.weighted(_NEUTRAL))[1]
         third = scaled(base, 1.5) if close else colour(draws, draws.weighted(_VIVID))[1]
         size = draws.between(0.15, 1.2)
-    return Material(word, TILE[tile], base, second, third, size, size, turn=draws.chance(0.5))  # fmt: skip
+    turn = draws.chance(0.5)
+    return Material(word, TILE[tile], base, second, third, size, size, turn=turn)
 
 
 def stone(draws: Draws) -> Material:
@@ -200,11 +201,13 @@ def wall(draws: Draws) -> Material:
         tile = draws.pick(("stripes", "blobs", "cloud", "dots", "plaid"))
         size = draws.between(0.4, 1.2)
         return plain._replace(tile=TILE[tile], second=scaled(base, draws.between(0.75, 0.95)),
-                              third=scaled(base, draws.between(0.8, 1.1)), size_u=size, size_v=size)  # fmt: skip
+                              third=scaled(base, draws.between(0.8, 1.1)),
+                              size_u=size, size_v=size)  # fmt: skip
     if kind == "wood":
         rgb = tint(draws, draws.pick(WOODS))
         return plain._replace(word="wooden", tile=TILE["planks"], first=rgb,
-                              second=scaled(rgb, 0.6), third=scaled(rgb, 0.25), size_v=2.5)  # fmt: skip
+                              second=scaled(rgb, 0.6), third=scaled(rgb, 0.25),
+                              size_v=2.5)  # fmt: skip
     if kind == "bricks":
         word, rgb = colour(draws, draws.pick(("red", "brown", "white")))
         return plain._replace(word=word, tile=TILE["bricks"], first=rgb, second=scaled(rgb, 0.55),
@@ -240,7 +243,7 @@ def floor(draws: Draws) -> Material:
                     scaled(base, draws.between(0.8, 1.2)), size, size)  # fmt: skip
 
 
-def light_panel(draws: Draws, tile: str, glow: float) -> Material:
+def light_panel(draws: Draws, tile: str, glow: Number) -> Material:
     """A window, lamp shade or ceiling light: it emits light of its own."""
     base = tint(draws, draws.pick(WINDOW_LIGHT), 0.05)
     view = colour(draws, draws.pick(("green", "grey", "blue", "brown")))[1]
@@ -254,9 +257,9 @@ def picture(draws: Draws, tile: str | None = None) -> Material:
     """A poster, painting or book cover: three unrelated colours."""
     words = [colour(draws, draws.weighted(_VIVID)) for _ in range(3)]
     tile = tile or draws.pick(("landscape", "poster", "clutter", "blobs", "landscape"))
-    return Material(words[0][0], TILE[tile], words[0][1], words[1][1], words[2][1], fit=True,
-                    size_u=0.5 if tile == "clutter" else 1.0, size_v=0.5 if tile == "clutter" else 1.0,
-                    gloss=draws.between(0, 0.3))  # fmt: skip
+    part = 0.5 if tile == "clutter" else 1.0
+    return Material(words[0][0], TILE[tile], words[0][1], words[1][1], words[2][1],
+                    size_u=part, size_v=part, fit=True, gloss=draws.between(0, 0.3))  # fmt: skip
 
 
 def clutter(draws: Draws, tile: str) -> Material:

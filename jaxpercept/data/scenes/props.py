@@ -12,6 +12,7 @@ from jaxpercept.data.scenes.builder import (
 from jaxpercept.data.scenes.furniture import lamp, screen
 from jaxpercept.data.scenes.palette import (
     Draws,
+    Number,
     clutter,
     colour,
     fabric,
@@ -34,7 +35,7 @@ ON_FLOOR = {
 }  # fmt: skip
 
 
-def prop(b: Builder, draws: Draws, kind: str, place: Place, size: float, on: str) -> None:
+def prop(b: Builder, draws: Draws, kind: str, place: Place, size: Number, on: str) -> None:
     """One small thing of about `size` metres at `place`; `on` is what it stands on."""
     place = place.turned(*rotation(draws.between(-3.1, 3.1)))
     if kind == "lamp":
@@ -81,8 +82,9 @@ def prop(b: Builder, draws: Draws, kind: str, place: Place, size: float, on: str
         b.cylinder(0, 0, 0, 0.3 * x, 0.45 * y, material, cone(1.4))
         for leaf in leaves:
             part = 0.28 * draws.between(0.5, 1.2)
-            b.box((draws.between(-0.3, 0.3) * x, y * draws.between(0.6, 1.2), draws.between(-0.3, 0.3) * z),
-                  (part * x, part * y, part * z), leaf, quadric=ELLIPSOID,
+            centre = (draws.between(-0.3, 0.3) * x, y * draws.between(0.6, 1.2),
+                      draws.between(-0.3, 0.3) * z)  # fmt: skip
+            b.box(centre, (part * x, part * y, part * z), leaf, quadric=ELLIPSOID,
                   tilt=rotation(draws.between(-0.8, 0.8)))  # fmt: skip
     elif kind in ("bag", "pillow"):
         flat = 0.4 if kind == "pillow" else 1.0
@@ -114,7 +116,7 @@ def clutter_surface(b: Builder, draws: Draws, surface: Surface, count: int) -> N
         prop(b, draws, kind, surface.place.at(along, 0, across), size, surface.kind)
 
 
-def rug(b: Builder, draws: Draws, place: Place, half_x: float, half_z: float) -> None:
+def rug(b: Builder, draws: Draws, place: Place, half_x: Number, half_z: Number) -> None:
     cloth = fabric(draws)
     b.begin("rug", cloth.word, 0.01, place)
     if draws.chance(0.25):
@@ -123,7 +125,7 @@ def rug(b: Builder, draws: Draws, place: Place, half_x: float, half_z: float) ->
         b.box((0, 0.006, 0), (half_x, 0.006, half_z), cloth)
 
 
-def picture_frame(b: Builder, draws: Draws, place: Place, half: tuple[float, float]) -> None:
+def picture_frame(b: Builder, draws: Draws, place: Place, half: tuple[Number, Number]) -> None:
     art = picture(draws)
     frame = wood(draws) if draws.chance(0.4) else paint(draws)
     kind = "picture"
@@ -141,7 +143,8 @@ def picture_frame(b: Builder, draws: Draws, place: Place, half: tuple[float, flo
 def door(b: Builder, draws: Draws, place: Place) -> None:
     leaf = wood(draws) if draws.chance(0.45) else paint(draws, "white")
     face = leaf._replace(tile=light_panel(draws, "door", 0).tile, fit=True, size_u=1, size_v=1,
-                         second=scaled(leaf.first, 0.45), third=scaled(leaf.first, 0.2))  # fmt: skip
+                         second=scaled(leaf.first, 0.45),
+                         third=scaled(leaf.first, 0.2))  # fmt: skip
     frame = leaf if draws.chance(0.5) else paint(draws, "white")
     wide, high = draws.between(0.38, 0.48), draws.between(1.98, 2.12)
     b.begin("door", leaf.word, high, place, "wall")
@@ -153,7 +156,9 @@ def door(b: Builder, draws: Draws, place: Place) -> None:
         b.box((0, 0.5 * high, 0.025), (wide, 0.5 * high, 0.02), leaf, front=face)
 
 
-def curtains(b: Builder, draws: Draws, place: Place, half: float, low: float, high: float) -> None:
+def curtains(
+    b: Builder, draws: Draws, place: Place, half: Number, low: Number, high: Number
+) -> None:
     """Two curtains left and right of an opening `half` wide from `low` to `high`."""
     cloth = fabric(draws, vivid=draws.chance(0.5))
     folds = clutter(draws, "curtain")
@@ -168,7 +173,7 @@ def curtains(b: Builder, draws: Draws, place: Place, half: float, low: float, hi
     b.box((0, high + 0.02, 0.06), (half + wide, 0.02, 0.02), metal(draws))
 
 
-def wall_shelf(b: Builder, draws: Draws, place: Place, half: float) -> None:
+def wall_shelf(b: Builder, draws: Draws, place: Place, half: Number) -> None:
     board = wood(draws)
     b.begin("shelf", board.word, 0.3, place, "wall")
     b.box((0, 0, 0.12), (half, 0.015, 0.12), board)

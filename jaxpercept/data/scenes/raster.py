@@ -163,7 +163,7 @@ class Buffers:
                 np.maximum(self.w, w, out=self.w)
 
     def recesses(self, bounds: Bounds, first: int, walls: list[int]) -> None:
-        """Cut the insides of boxes into walls: box k opens with its +z face on room face `walls[k]`.
+        """Cut boxes into walls: the +z face of box k opens on room face `walls[k]`.
 
         A ray that enters the box through that face ends at the box's inside.
         """
@@ -198,23 +198,22 @@ class Buffers:
             if row0 >= row1 or front == 0:
                 continue
             w = rows[number, :, row0:row1] + columns[number, :, :, col0:col1]
+            target = self.w[row0:row1, col0:col1]
             high, low = w[0], np.maximum.reduce(w[front:])
             for other in w[1:front]:
                 high = np.minimum(high, other)
-            base = (first + number) * FACES
+            np.maximum(low, target, out=low)
             if curved[number]:
                 near, far = self._quadric(solids, number, row0, row1, col0, col1)
                 flat = high
                 high, low = np.minimum(high, near), np.maximum(low, far)
-            target = self.w[row0:row1, col0:col1]
-            hit = high >= low
-            hit &= high > target
+            hit = high > low
             if not hit.any():
                 continue
             np.copyto(target, high, where=hit)
             if not faces:
                 continue
-            names = self.face[row0:row1, col0:col1]
+            names, base = self.face[row0:row1, col0:col1], (first + number) * FACES
             np.copyto(names, base + all_faces[number][0], where=hit)
             for order in range(1, front):
                 np.copyto(names, base + all_faces[number][order], where=hit & (w[order] == high))

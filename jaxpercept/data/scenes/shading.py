@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from jaxpercept.data.scenes.builder import Parts, ground_map
-from jaxpercept.data.scenes.layout import Layout, Light
 from jaxpercept.data.scenes.palette import Draws
+from jaxpercept.data.scenes.plan import Layout, Light
 from jaxpercept.data.scenes.raster import (
     CURVED,
     FACES,
@@ -30,7 +30,7 @@ from jaxpercept.data.scenes.textures import (
     tone_curve,
 )
 
-SHADOW_SIZE = 88
+SHADOW_SIZE = 76
 GROUND_CELLS = 64
 _U_AXIS, _V_AXIS = np.array([2, 2, 0, 0, 0, 0, 0]), np.array([1, 1, 2, 2, 1, 1, 1])
 f32 = np.float32
@@ -64,7 +64,9 @@ def surfels(buffers: Buffers, solids: Solids, inward: int) -> Surfels:
     table = normal_table(solids, inward).astype(f32).reshape(-1, 3)
     nx, ny, nz = (np.ascontiguousarray(table[:, k]).take(face, mode="clip") for k in range(3))
     if (solids.quadric[:, 0] > 0).any():
-        curved = np.flatnonzero(face % FACES == CURVED)
+        is_curved = np.zeros((len(solids.centre), FACES), bool)
+        is_curved[:, CURVED] = solids.quadric[:, 0] > 0
+        curved = np.flatnonzero(is_curved.ravel().take(face, mode="clip"))
         if curved.size:
             owner = face[curved] // FACES
             nx[curved], ny[curved], nz[curved] = _curved_normals(
@@ -107,16 +109,17 @@ def _surface_table(
     count = len(solids.centre)
     fit = material[11] > 0
     swap = np.flatnonzero((material[12] > 0) & ~fit)
-    along_u, along_v = np.tile(_U_AXIS, count), np.tile(_V_AXIS, count)
+    base = np.arange(count)[:, None] * 3
+    along_u, along_v = (base + _U_AXIS).ravel(), (base + _V_AXIS).ravel()
     along_u[swap], along_v[swap] = along_v[swap], along_u[swap]
-    base = np.repeat(np.arange(count) * 3, FACES)
+    shift = (along_u + along_v) * 0.123  # patterns of like things do not repeat alike
     axes, half = solids.axes.reshape(-1, 3).T, solids.half.ravel()
     centre = np.repeat(solids.centre.T, FACES, axis=1)
     table = np.empty((21, count * FACES))
     table[8] = 0
-    for at, along, size in ((0, base + along_u, material[9]), (4, base + along_v, material[10])):
+    for at, along, size in ((0, along_u, material[9]), (4, along_v, material[10])):
         per_metre = 1.0 / np.where(fit, 2.0 * half.take(along) / size, size)
-        start = np.where(fit, 0.5 * size, (base * 0.123 + 0.11 * at) % 1.0)
+        start = np.where(fit, 0.5 * size, (shift + 0.11 * at) % 1.0)
         for k in range(3):
             part = axes[k].take(along) * per_metre
             table[at + k] = part
@@ -176,7 +179,7 @@ def _light_view(light: Light, layout: Layout) -> View:
         forward[2] * side[0] - forward[0] * side[2],
         forward[0] * side[1] - forward[1] * side[0],
     ])  # fmt: skip
-    half, spread = 0.5 * SHADOW_SIZE, 1.5
+    half, spread = 0.5 * SHADOW_SIZE, 1.3
     axis = ((np.arange(SHADOW_SIZE) + 0.5 - half) * (spread / half)).astype(f32)
     return View(np.array(light.position), np.stack([side, over, forward]), axis, -axis,
                 (half / spread, half / spread), (half, half))  # fmt: skip
@@ -232,8 +235,11 @@ def _blur(image: Float[np.ndarray, "c h w"], side: float) -> Float[np.ndarray, "
     return image
 
 
-def _occlusion(s: Surfels, view: View, parts: Parts, layout: Layout) -> np.ndarray:
-    """How open the surroundings are: corners of the room and the floor near things are darker."""
+def _occlusion(
+    s: Surfels, view: View, parts: Parts, layout: Layout
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """How open the surroundings are (corners of the room and the floor near things are darker),
+    and the upward part of the normal."""
     turn, (ox, oy, oz) = view.rotation.astype(f32), view.position.tolist()
     reach, strength = 0.22, 0.75
     # Between two walls at distances p and q, with p + q = K counted from `reach` behind each, and
@@ -262,7 +268,8 @@ def _occlusion(s: Surfels, view: View, parts: Parts, layout: Layout) -> np.ndarr
                 spread[:-step] += cover[step:]
                 cover = spread.T
         row, column = (
-            (across[k].take(ground) + f32(0.5 * layout.size[k])) * f32(GROUND_CELLS / layout.size[k])
+            (across[k].take(ground) + f32(0.5 * layout.size[k]))
+            * f32(GROUND_CELLS / layout.size[k])
             for k in (2, 0)
         )
         at = np.clip(row, 0, GROUND_CELLS - 1).astype(np.int32) * GROUND_CELLS

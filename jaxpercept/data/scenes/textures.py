@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+Number = int | float
+
 SIZE = 128
 LEVELS = 8  # 128, 64, ... 1 texels a side
 
@@ -53,7 +55,7 @@ def _upsample(grid: Float[np.ndarray, "h w"], rows: int, cols: int) -> Float[np.
     return grid
 
 
-def noise(stream: int, rows: int, cols: int, octaves: int, gain: float = 0.5) -> np.ndarray:
+def noise(stream: int, rows: int, cols: int, octaves: int, gain: Number = 0.5) -> np.ndarray:
     """Fractal value noise in [0, 1]: `rows` x `cols` cells in the first octave."""
     total, scale, amplitude = np.zeros((SIZE, SIZE)), 0.0, 1.0
     for octave in range(octaves):
@@ -65,12 +67,12 @@ def noise(stream: int, rows: int, cols: int, octaves: int, gain: float = 0.5) ->
     return (total - total.min()) / (total.max() - total.min())
 
 
-def _step(value: np.ndarray, edge: float, width: float) -> np.ndarray:
+def _step(value: np.ndarray, edge: np.ndarray | Number, width: Number) -> np.ndarray:
     """A ramp from 0 to 1 around `edge`."""
     return np.clip((value - edge) / width + 0.5, 0.0, 1.0)
 
 
-def _cells(across: int, up: int, shift: float = 0.0) -> tuple[np.ndarray, ...]:
+def _cells(across: int, up: int, shift: Number = 0.0) -> tuple[np.ndarray, ...]:
     """(column, row, x within the cell, y within the cell) of a grid of cells over the tile."""
     y, x = np.meshgrid(*(2 * [(np.arange(SIZE) + 0.5) / SIZE]), indexing="ij")
     row = np.floor(y * up).astype(int)
@@ -79,7 +81,7 @@ def _cells(across: int, up: int, shift: float = 0.0) -> tuple[np.ndarray, ...]:
     return column, row, along % 1.0, (y * up) % 1.0
 
 
-def _frame(x: np.ndarray, y: np.ndarray, left: float, low: float, right: float, high: float):
+def _frame(x: np.ndarray, y: np.ndarray, left: Number, low: Number, right: Number, high: Number):
     """1 inside the rectangle, 0 outside."""
     return ((x > left) & (x < right) & (y > low) & (y < high)).astype(float)
 

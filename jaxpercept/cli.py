@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging as python_logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,12 +94,21 @@ def _parse(argv: Sequence[str], required: Sequence[str], flag_values: flags.Flag
         rest = flag_values(list(argv))
     except flags.Error as error:
         raise UserError(f"{_cause(error)}: see --help.") from error
+    except (AttributeError, KeyError) as error:
+        # How ml_collections reports a key that a config does not have; elsewhere it is a bug.
+        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        raise UserError(_unknown_key(error, argv)) from error
     flags.FLAGS.mark_as_parsed()
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value.")
     for name in required:
-        if flag_values[name].value in (None, ""):
+        value = flag_values[name].value
+        if value is None or value == "":
             raise UserError(f"--{name} is required: see --help.")
+        # ml_collections reports a missing config file when a key is first read: too late.
+        if type(value).__name__ == "_ErrorConfig":
+            raise UserError(f"--{name} cannot be read ({vars(value)['_error']}): see --help.")
 
 
 def _cause(error: Exception) -> str:
@@ -107,6 +117,15 @@ def _cause(error: Exception) -> str:
     if len(lines) > 1 and "Traceback" in str(error):
         return f"{lines[0].split(': Error')[0]} failed with {lines[-1]}"
     return " ".join(lines).rstrip(".")
+
+
+def _unknown_key(error: Exception, argv: Sequence[str]) -> str:
+    while isinstance(error.args[0], Exception):
+        error = error.args[0]
+    key, _, suggestion = str(error.args[0]).partition("\n")
+    names = [argument.split("=")[0] for argument in argv[1:]]
+    given = [name for name in names if name.endswith(f".{key.strip(chr(39))}")]
+    return f"the config has no key {given[0] if given else key}. {suggestion}"
 
 
 def _one_line(error: Exception) -> str:

@@ -29,53 +29,54 @@ from jaxpercept.inference.pipeline import DTYPES, perception_method, place_weigh
 from jaxpercept.inference.report import table, write_report
 from jaxpercept.training import sharding
 
-_FLAGS = flags.FlagValues()
-flags.DEFINE_string("checkpoint", None, "What to evaluate.", flag_values=_FLAGS)
-flags.DEFINE_string("dataset", None, "Name of the dataset.", flag_values=_FLAGS)
-flags.DEFINE_string("data_dir", None, "Folder of the dataset.", flag_values=_FLAGS)
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("checkpoint", None, "What to evaluate.", flag_values=FLAGS)
+flags.DEFINE_string("dataset", None, "Name of the dataset.", flag_values=FLAGS)
+flags.DEFINE_string("data_dir", None, "Folder of the dataset.", flag_values=FLAGS)
 flags.DEFINE_float(
     "depth_scale",
     None,
     "Units of the depth files per metre; default: the dataset's, 1000 for PNG files in a folder.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_string(
     "output",
     None,
     "Folder to write to; default: evaluation/DATASET, in the checkpoint's folder if it is local.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
-flags.DEFINE_string("split", None, "Default: the dataset's test split.", flag_values=_FLAGS)
-flags.DEFINE_integer("batch_size", 8, "Images at a time.", flag_values=_FLAGS)
+flags.DEFINE_string("split", None, "Default: the dataset's test split.", flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 8, "Images at a time.", flag_values=FLAGS)
 flags.DEFINE_integer(
-    "limit", 0, "Evaluate this many images, spread evenly; 0: all.", flag_values=_FLAGS
+    "limit", 0, "Evaluate this many images, spread evenly; 0: all.", flag_values=FLAGS
 )
 flags.DEFINE_integer(
     "processing_resolution",
     None,
     "Long side in pixels the network works at; 0: the images' own; default: that of the training.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_enum(
     "alignment",
     None,
     ALIGNMENTS,
     "Fit in depth or, for models of disparity, in disparity; default: the dataset's.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_float(
     "min_depth", None, "Metres below which nothing counts; default: the dataset's.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_float(
     "max_depth", None, "Metres above which nothing counts; default: the dataset's.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_string(
-    "eval_crop", None, "nyu, eigen, garg or none; default: the dataset's.", flag_values=_FLAGS
+    "eval_crop", None, "nyu, eigen, garg or none; default: the dataset's.", flag_values=FLAGS
 )
-flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=_FLAGS)
-_OWN_FLAGS = tuple(_FLAGS)
+flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAGS)
+OWN_FLAGS = tuple(FLAGS)
+REQUIRED = ("checkpoint", "dataset")
 
 
 def evaluate(
@@ -148,8 +149,8 @@ def default_output(checkpoint: str, dataset: str) -> Path:
 def main() -> None:
     """Read the flags and evaluate."""
     cli.initialize_distributed()
-    evaluate(**{name: _FLAGS[name].value for name in _OWN_FLAGS})
+    evaluate(**{name: FLAGS[name].value for name in OWN_FLAGS})
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("checkpoint", "dataset"), flag_values=_FLAGS)
+    cli.run(main, required=REQUIRED, flag_values=FLAGS)

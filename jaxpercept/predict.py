@@ -34,23 +34,24 @@ from jaxpercept.inference.pipeline import DTYPES, PerceptionOutput, PerceptionPi
 from jaxpercept.inference.predictor import pad_rows, plan_batches
 from jaxpercept.training import sharding
 
-_FLAGS = flags.FlagValues()
-flags.DEFINE_string("checkpoint", None, "What to predict with.", flag_values=_FLAGS)
-flags.DEFINE_string("input", None, "An image, or a folder searched through.", flag_values=_FLAGS)
-flags.DEFINE_string("output", None, "Folder to write to.", flag_values=_FLAGS)
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("checkpoint", None, "What to predict with.", flag_values=FLAGS)
+flags.DEFINE_string("input", None, "An image, or a folder searched through.", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "Folder to write to.", flag_values=FLAGS)
 flags.DEFINE_integer(
     "processing_resolution",
     None,
     "Long side in pixels the network works at; 0: the image's own; default: that of the training.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer(
-    "batch_size", None, "Images at a time; default: one a device.", flag_values=_FLAGS
+    "batch_size", None, "Images at a time; default: one a device.", flag_values=FLAGS
 )
-flags.DEFINE_integer("seed", 0, "Recorded; one-step models draw nothing.", flag_values=_FLAGS)
-flags.DEFINE_string("prompt", "", "For tasks that read text.", flag_values=_FLAGS)
-flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=_FLAGS)
-_OWN_FLAGS = tuple(_FLAGS)
+flags.DEFINE_integer("seed", 0, "Recorded; one-step models draw nothing.", flag_values=FLAGS)
+flags.DEFINE_string("prompt", "", "For tasks that read text.", flag_values=FLAGS)
+flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAGS)
+OWN_FLAGS = tuple(FLAGS)
+REQUIRED = ("checkpoint", "input", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,8 @@ def predict(
         UserError: nothing to read, nothing to predict with, or options that do not fit.
     """
     jobs = find_images(Path(input), Path(output))
+    if Path(output).exists() and not Path(output).is_dir():
+        raise UserError(f"--output {output} is no folder: give another one.")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}: give at least 1.")
     pipeline = PerceptionPipeline.from_pretrained(checkpoint, dtype=dtype)
@@ -229,11 +232,11 @@ def _wait(writing: Sequence[Future]) -> None:
 def main() -> int:
     """Read the flags and predict; 1 if an image could not be read."""
     cli.initialize_distributed()
-    failures = predict(**{name: _FLAGS[name].value for name in _OWN_FLAGS})
+    failures = predict(**{name: FLAGS[name].value for name in OWN_FLAGS})
     if failures:
         print(f"{len(failures)} image(s) could not be read and were skipped.", file=sys.stderr)
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("checkpoint", "input", "output"), flag_values=_FLAGS)
+    cli.run(main, required=REQUIRED, flag_values=FLAGS)

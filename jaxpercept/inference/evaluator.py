@@ -18,8 +18,13 @@ from tqdm import tqdm
 from jaxpercept.data.datasets import Record, open_dataset
 from jaxpercept.errors import UserError
 from jaxpercept.inference.panel import PanelRow
-from jaxpercept.inference.predictor import Params, Predictor, plan_batches, resolve_resolution
-from jaxpercept.methods import OneStep
+from jaxpercept.inference.predictor import (
+    Params,
+    PerceptionMethod,
+    Predictor,
+    plan_batches,
+    resolve_resolution,
+)
 from jaxpercept.metrics.depth import (
     METRICS,
     align_disparity,
@@ -90,7 +95,7 @@ class Evaluator:
 
     def __init__(
         self,
-        method: OneStep,
+        method: PerceptionMethod,
         dataset: str,
         *,
         mesh: Mesh,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,24 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
 from jaxpercept.errors import UserError
-from jaxpercept.methods import OneStep
 from jaxpercept.resize import resize
 from jaxpercept.training import sharding
 
 Params = dict[str, dict[str, Any]]
 Size = tuple[int, int]
+
+
+@runtime_checkable
+class PerceptionMethod(Protocol):
+    """What predicting needs of a method, such as `methods.OneStep`."""
+
+    model: Any
+    """Has `downscale`, pixels per latent cell."""
+    task: Any
+    """Has `kind` and `to_prediction(decoded)`."""
+
+    def predict(self, params: Params, rgb: Array) -> tuple[Array, Array]:
+        """Decoded image [b, h, w, 3], not clamped, and latent, for float images in [-1, 1]."""
 
 
 def processing_size(size: Size, resolution: int) -> Size:
@@ -76,7 +88,7 @@ class Predictor:
         mesh: where batches are split.
     """
 
-    def __init__(self, method: OneStep, mesh: Mesh):
+    def __init__(self, method: PerceptionMethod, mesh: Mesh):
         self.method, self.mesh = method, mesh
         self.factor = method.model.downscale
         self._prepare = jax.jit(self._resize_and_pad, static_argnames="size")

@@ -20,7 +20,7 @@ from jaxpercept.data.scenes.plan import Layout
 from jaxpercept.errors import UserError
 
 GOLDEN = (
-    "ac3c5a1f10623155ca876e30e7cfa3c71fd6c2d38b4682b9560882145648dd37"
+    "f09a54bb75f24fc85da9b5b7fb1505dc07beb6f9c19f9613a3dc115027134d3e"
     "b8e56cff42c344641795518507539b35af0e26ecc810569cf6b9b92bb2fb01c8"
 )
 ARRAYS = ("rgb", "depth", "valid", "normals", "instance", "classes", "intrinsics")

@@ -90,6 +90,7 @@ class Builder:
         self.things: list[Thing] = []
         self.surfaces: list[Surface] = []
         self.place = Place(0.0, 0.0, 0.0, 1.0, 0.0)
+        self.against_wall = False  # whether the thing being built may hang parts on a wall
         self._numbers: dict[int, int] = {}
 
     def begin(self, kind: str, word: str, height: Number, place: Place, on: str = "floor") -> None:

@@ -227,13 +227,13 @@ def counter(b: Builder, draws: Draws, place: Place, w: Number, h: Number, d: Num
     b.box((0, 0.05, 0.46 * d), (0.5 * w, 0.05, 0.44 * d), scaled_down(shell))
     b.box((0, 0.5 * h + 0.03, 0.48 * d), (0.5 * w, 0.5 * h - 0.05, 0.48 * d), shell, front=face)
     b.box((0, h, 0.5 * d), (0.5 * w + 0.01, 0.02, 0.5 * d + 0.01), top)
-    if draws.chance(0.5):
+    if b.against_wall and draws.chance(0.5):
         b.box((0, h + 0.25, 0.006), (0.5 * w, 0.25, 0.006), stone(draws))
     if draws.chance(0.4):
         x = draws.between(-0.3, 0.3) * w
         b.box((x, 0.5 * h, d - 0.02), (0.29, 0.47 * h, 0.03), metal(draws),
               front=front(draws, metal(draws), "oven"))  # fmt: skip
-    if draws.chance(0.6):
+    if b.against_wall and draws.chance(0.6):
         low, high, deep = h + draws.between(0.45, 0.6), h + draws.between(1.05, 1.35), 0.34
         b.box((0, 0.5 * (low + high), 0.5 * deep), (0.5 * w, 0.5 * (high - low), 0.5 * deep), shell,
               front=face)  # fmt: skip

@@ -182,6 +182,7 @@ class _Composer:
         if tall and forward < 1.7 and abs(sideways) < 0.35 * forward and self.draws.chance(0.85):
             return False  # it would hide the room
         self.taken.append(area)
+        self.b.against_wall = on_wall
         KINDS[name].build(self.b, self.draws, place, w, h, d)
         return True
 

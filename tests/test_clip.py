@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch_parity import max_abs, params_of, randomise
+from torch_parity import max_abs, params_of, quick_jit, randomise
 
 from jaxpercept.models.config import CLIPTextConfig
 from jaxpercept.models.functional import functional
@@ -39,7 +39,7 @@ def test_matches_transformers(rng, hidden_act, length):
     clip, params = ported(reference)
     ids = rng.integers(0, 99, (3, length), dtype=np.int32)
     want = reference(torch.from_numpy(ids)).last_hidden_state
-    assert max_abs(jax.jit(lambda p, x: clip.bind(p)(x))(params, ids), want) <= 1e-5
+    assert max_abs(quick_jit(lambda p, x: clip.bind(p)(x))(params, ids), want) <= 1e-5
 
 
 def test_names_are_those_of_published_files(rng):
@@ -51,7 +51,7 @@ def test_names_are_those_of_published_files(rng):
 
 def test_no_token_sees_a_later_one(rng):
     clip, params = ported(torch_clip(rng))
-    encode = jax.jit(lambda p, x: clip.bind(p)(x))
+    encode = quick_jit(lambda p, x: clip.bind(p)(x))
     ids = rng.integers(0, 99, (1, 12), dtype=np.int32)
     changed = ids.copy()
     changed[0, 6:] = (changed[0, 6:] + 1) % 99
@@ -62,7 +62,7 @@ def test_bfloat16_and_remat(rng):
     clip, params = ported(torch_clip(rng))
     ids = rng.integers(0, 99, (2, 5), dtype=np.int32)
     low = functional(clip.config, dtype=jnp.bfloat16, remat="block")
-    full, half = jax.jit(lambda p, x: (clip.bind(p)(x), low.bind(p)(x)))(params, ids)
+    full, half = quick_jit(lambda p, x: (clip.bind(p)(x), low.bind(p)(x)))(params, ids)
     assert half.dtype == jnp.bfloat16
     assert max_abs(full, half) < 0.1 * float(jnp.abs(full).max())
 

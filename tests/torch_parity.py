@@ -11,6 +11,11 @@ from jaxpercept.checkpoints import rules
 from jaxpercept.models.functional import abstract, bind
 
 
+def quick_jit(function: Callable) -> Callable:
+    """jit for whole networks: the same arithmetic, compiled in half the time."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def randomise(module: torch.nn.Module, rng: np.random.Generator) -> torch.nn.Module:
     """Fresh values for every parameter, so that no zero or one hides a missing term.
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.orbax import save_export
@@ -54,11 +55,22 @@ SCHEDULER = {
 
 
 @pytest.fixture(scope="module")
-def quick_compile():
-    """Half the compile time, and the same results up to rounding."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def quick_compile(tmp_path_factory):
+    """Compile with less care, and each program once for all tests of the session."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def description(**changes: Any) -> Description:

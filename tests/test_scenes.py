@@ -20,8 +20,8 @@ from jaxpercept.data.scenes.plan import Layout
 from jaxpercept.errors import UserError
 
 GOLDEN = (
-    "f09a54bb75f24fc85da9b5b7fb1505dc07beb6f9c19f9613a3dc115027134d3e"
-    "b8e56cff42c344641795518507539b35af0e26ecc810569cf6b9b92bb2fb01c8"
+    "4a0cd1e607e74ea42d5c591930ba8f3be1ca8e4f357a7d893d25d89b84c52d35"
+    "91d766b24c8e98542b95beecc943f98940d0382f63cb92c7d2de4f08911d4e1f"
 )
 ARRAYS = ("rgb", "depth", "valid", "normals", "instance", "classes", "intrinsics")
 

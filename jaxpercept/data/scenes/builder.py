@@ -123,12 +123,14 @@ class Builder:
 
         A positive tilt leans the upper end towards +z. `structure` belongs to no object.
         """
-        place = self.place.at(*centre)
+        (x, y, z), (px, py, pz, cos, sin) = centre, self.place
+        px, py, pz = px + cos * x + sin * z, py + y, pz - sin * x + cos * z
         if turn:
-            place = place.turned(*turn)
+            turn_cos, turn_sin = turn
+            cos, sin = cos * turn_cos - sin * turn_sin, sin * turn_cos + cos * turn_sin
         body = self.number(material)
         self.rows.append(
-            (place.x, place.y, place.z, *half, place.cos, place.sin, *tilt, *quadric, body,
+            (px, py, pz, *half, cos, sin, *tilt, *quadric, body,
              body if front is None else self.number(front),
              body if top is None else self.number(top),
              body if back is None else self.number(back),

@@ -17,7 +17,7 @@ from jaxpercept.data.scenes.palette import (
 )
 from jaxpercept.data.scenes.plan import ROOMS, Camera, Layout, Light
 
-MAX_SOLIDS = 72
+MAX_SOLIDS = 64
 
 
 class _Composer:

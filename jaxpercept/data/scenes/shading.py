@@ -333,7 +333,7 @@ def develop(
     """The camera: exposure, white balance, vignetting, blur, tone curve, noise, 8 bits."""
     height, width = len(view.v), len(view.u)
     # Means by integer sums: the order of float sums could differ between machines.
-    green = radiance[1]
+    green = radiance[1, ::3]
     steps = np.minimum(green * f32(1024.0), f32(8192.0)).astype(np.int32)
     mean = int(steps.sum()) / steps.size + 1.0
     mean = int(np.minimum(steps, int(2.0 * mean)).sum()) / steps.size + 1.0

@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -312,12 +311,21 @@ def test_rotation_is_exactly_orthonormal(rng):
 
 @pytest.mark.slow
 def test_a_core_renders_at_least_150_scenes_a_second():
-    for number in range(50):
-        scenes.render(number)
-    best = [math.inf] * 60
-    for _ in range(5):
-        for number in range(60):
-            start = time.process_time()
-            scenes.render(1000 + number)
-            best[number] = min(best[number], time.process_time() - start)
-    assert len(best) / sum(best) > 150
+    # In a process of its own: here every call is type-checked. The best of fifteen runs of each
+    # scene, since other work on the machine only ever adds time.
+    code = (
+        "import time\n"
+        "from jaxpercept.data import scenes\n"
+        "best = [1e9] * 40\n"
+        "for _ in range(15):\n"
+        "    for number in range(40):\n"
+        "        start = time.process_time()\n"
+        "        scenes.render(1000 + number)\n"
+        "        best[number] = min(best[number], time.process_time() - start)\n"
+        "print(len(best) / sum(best))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert float(result.stdout) > 150

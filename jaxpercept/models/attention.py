@@ -58,8 +58,8 @@ def _choose(q: Float[Array, "b tq n d"], k: Float[Array, "b tk n d"], is_causal:
 def _cudnn_eligible(dtype: jnp.dtype, head_dim: int, tq: int, tk: int) -> bool:
     """Static limits of the fused kernel, then a trial compile.
 
-    Even lengths are a limit of its backward pass. Against a short prompt (2 or 77 tokens) the
-    scores are smaller than the queries and there is nothing to save.
+    Odd lengths, which only the smallest feature maps have, are not what the trial compiles. Against
+    a short prompt (2 or 77 tokens) the scores are as small as the queries: nothing to save.
     """
     if dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8 or head_dim > 128:
         return False

@@ -28,7 +28,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config = base_config()
     config.task = "depth"
     # The one-step input does not depend on the timestep; the paper draws it uniformly.
-    config.method.update({"timesteps": "uniform", "inference_timestep": 1})
+    config.method.update({"timesteps": "uniform", "inference_timestep": 1, "latent_weight": 1.0})
+    config.method.pixel_weights = {"mse": 0.0, "l1": 0.0, "ssi": 0.0, "grad": 0.0}
     return presets[preset](config)
 
 
@@ -37,7 +38,6 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.resolution = (96, 128)
     config.steps = 240
     config.batch_size = 16
-    config.method.update({"latent_weight": 1.0, "pixel_weights": {}})
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     config.optimizer.decay_steps = config.get_ref("steps")
@@ -78,9 +78,8 @@ def _sd21(config: ConfigDict) -> ConfigDict:
     config.steps = 30_000
     config.batch_size = 32
     config.accumulate = 4
-    config.method.update(
-        {"latent_weight": 0.0, "pixel_weights": {"mse": 1.0, "ssi": 0.5, "grad": 2.0}}
-    )
+    config.method.latent_weight = 0.0
+    config.method.pixel_weights.update({"mse": 1.0, "ssi": 0.5, "grad": 2.0})
     config.data.mixture = {"hypersim": 0.9, "vkitti": 0.1}
     config.data.num_workers = 8
     config.compute_dtype = "bfloat16"

@@ -101,7 +101,7 @@ def _vae(config: ConfigDict) -> ConfigDict:
 
 def _coarse(config: ConfigDict) -> ConfigDict:
     config.resolution = (48, 64)
-    config.steps = 3000
+    config.steps = 1200
     config.method = {"name": "text_to_image", "caption_dropout": 0.1}
     config.architecture = {"vae": VAE, "unet": UNET, "text_encoder": TEXT_ENCODER}
     config.random_init = ("unet", "text_encoder")
@@ -114,7 +114,7 @@ def _coarse(config: ConfigDict) -> ConfigDict:
 def _fine(config: ConfigDict) -> ConfigDict:
     config = _coarse(config)
     config.resolution = (96, 128)
-    config.steps = 1000
+    config.steps = 250
     config.random_init = ()
     config.optimizer.learning_rate = 5e-4
     return config

@@ -322,4 +322,7 @@ class CLIPTextConfig(_JsonConfig):
         """The content of a valid transformers config.json."""
         config = super().to_dict()
         del config["_class_name"]
-        return {"architectures": [self.CLASS_NAME], "model_type": "clip_text_model", **config}
+        # Without dtype, transformers would run half-precision files in half precision, beside a
+        # UNet that diffusers runs in float32.
+        own = {"architectures": [self.CLASS_NAME], "model_type": "clip_text_model"}
+        return {**own, "dtype": "float32", **config}

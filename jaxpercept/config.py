@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxpercept.errors import UserError
+from jaxpercept.methods import COMPONENTS
+from jaxpercept.models.attention import IMPLEMENTATIONS
+from jaxpercept.models.functional import REMATS
+from jaxpercept.training.optim import SCHEDULES
 
 
 def base_config() -> ConfigDict:
@@ -65,46 +72,116 @@ def base_config() -> ConfigDict:
     c.log_every = 50
     c.save_every = 1000
     c.keep = 2  # checkpoints kept
-    c.eval_every = 0  # 0: at the end only
-    c.picture_every = 0  # 0: at the end only
+    # Steps between evaluations (of a generative method: pictures); 0: at the end only.
+    c.eval_every = 0
     c.evaluation = ConfigDict()
-    c.evaluation.dataset = "scenes"
+    c.evaluation.dataset = "scenes"  # "": no evaluation and no pictures
     c.evaluation.limit = 0  # images; 0: all
     c.evaluation.batch_size = 8
     return c
 
 
-def check_config(c: Any, device_count: int, downscale: int) -> None:
-    """Refuse values that cannot work, before anything is compiled.
+def check_config(c: Any, batch_devices: int) -> None:
+    """Refuse values that cannot work, before anything is read or compiled.
 
     Args:
         c: a resolved config.
-        device_count: how many ways the batch is split.
-        downscale: pixels per latent cell.
+        batch_devices: how many ways the batch is split.
 
     Raises:
         UserError: one sentence naming the key and the remedy.
     """
-    for key in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
-        if getattr(c, key) < 1:
-            raise UserError(f"config.{key} is {getattr(c, key)}: give at least 1.")
-    if len(c.resolution) != 2:
-        raise UserError(f"config.resolution is {c.resolution}: give height and width in pixels.")
-    for size in c.resolution:
-        if size < downscale or size % downscale:
-            raise UserError(
-                f"config.resolution {tuple(c.resolution)} is not divisible by {downscale}, the "
-                f"autoencoder's factor: {max(downscale, round(size / downscale) * downscale)} "
-                f"is the nearest to {size}."
-            )
-    if c.batch_size % (c.accumulate * device_count):
+    _at_least(c, 1, "steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
+    _at_least(c, 0, "eval_every", "seed", "data.num_workers", "evaluation.limit")
+    _at_least(c, 1, "evaluation.batch_size", "optimizer.decay_steps")
+    _at_least(c, 0, "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm")
+    _one_of(c, "compute_dtype", ("float32", "bfloat16"))
+    _one_of(c, "frozen_dtype", ("float32", "bfloat16", "float16"))
+    _one_of(c, "remat", REMATS)
+    _one_of(c, "attention", IMPLEMENTATIONS)
+    _one_of(c, "optimizer.schedule", SCHEDULES)
+    _one_of(c, "method.name", tuple(COMPONENTS))
+    for key in ("ema_decay", "optimizer.b1", "optimizer.b2"):
+        _check(0 <= _get(c, key) < 1, c, key, "give a value in [0, 1)")
+    for key in ("optimizer.learning_rate", "optimizer.eps"):
+        _check(_get(c, key) > 0, c, key, "give a value above 0")
+    ratio = "optimizer.final_ratio"
+    _check(0 < _get(c, ratio) <= 1, c, ratio, "give a value in (0, 1]")
+    if c.batch_size % (c.accumulate * batch_devices):
         raise UserError(
             f"config.batch_size {c.batch_size} is not a multiple of accumulate x devices = "
-            f"{c.accumulate} x {device_count}: change one of them."
+            f"{c.accumulate} x {batch_devices}: change one of them."
         )
-    if not c.data.mixture or sum(c.data.mixture.values()) <= 0:
+    _check_mixture(c)
+    _check_patterns("trainable", c.trainable)
+    if not c.trainable:
+        raise UserError("config.trainable is empty: name what to train, such as ('unet/',).")
+    for rule in c.optimizer.rate_multipliers:
+        _check(len(rule) == 2, c, "optimizer.rate_multipliers", "give (expression, factor) pairs")
+    _check_patterns("optimizer.rate_multipliers", [r for r, _ in c.optimizer.rate_multipliers])
+
+
+def check_resolution(resolution: Sequence[int], downscale: int) -> None:
+    """Refuse a resolution that the autoencoder cannot halve evenly.
+
+    Args:
+        resolution: height and width in pixels.
+        downscale: pixels per latent cell.
+
+    Raises:
+        UserError: naming the nearest resolution that works.
+    """
+    if len(resolution) != 2:
+        raise UserError(
+            f"config.resolution is {tuple(resolution)}: give height and width in pixels."
+        )
+    nearest = tuple(max(downscale, round(size / downscale) * downscale) for size in resolution)
+    if nearest != tuple(resolution):
+        raise UserError(
+            f"config.resolution {tuple(resolution)} is not divisible by {downscale}, the "
+            f"autoencoder's factor: use {nearest}."
+        )
+
+
+def _get(c: Any, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), c)
+
+
+def _check(holds: bool, c: Any, key: str, remedy: str) -> None:
+    if not holds:
+        raise UserError(f"config.{key} is {_get(c, key)!r}: {remedy}.")
+
+
+def _at_least(c: Any, least: int, *keys: str) -> None:
+    for key in keys:
+        _check(_get(c, key) >= least, c, key, f"give at least {least}")
+
+
+def _one_of(c: Any, key: str, values: Sequence[str]) -> None:
+    _check(_get(c, key) in values, c, key, f"use {', '.join(map(repr, values))}")
+
+
+def _check_mixture(c: Any) -> None:
+    weights = c.data.mixture.to_dict()
+    for name, weight in weights.items():
+        if weight < 0:
+            raise UserError(f"config.data.mixture.{name} is {weight}: give a probability, or 0.")
+    if not any(weights.values()):
         raise UserError("config.data.mixture is empty: name a dataset with a positive weight.")
-    if c.compute_dtype not in ("float32", "bfloat16"):
-        raise UserError(f"config.compute_dtype {c.compute_dtype!r}: use 'float32' or 'bfloat16'.")
-    if not 0 <= c.ema_decay < 1:
-        raise UserError(f"config.ema_decay is {c.ema_decay}: give a value in [0, 1).")
+    used = [*weights, c.evaluation.dataset]
+    for name in c.data.options:
+        if name not in used:
+            raise UserError(
+                f"config.data.options.{name} is of no dataset in use, which are {', '.join(used)}: "
+                "correct the name."
+            )
+
+
+def _check_patterns(key: str, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"config.{key} has {pattern!r}, which is no regular expression: {error}."
+            ) from error

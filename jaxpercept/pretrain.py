@@ -74,7 +74,7 @@ def pretrain(
             config.tokenizer = str(tokenizer)
             config.architecture.vae.scaling_factor = scaling_factor
         logging.info("stage %s: %d steps of %d", stage, config.steps, config.batch_size)
-        train(config, workdir / stage, pictures=picture_observer)
+        train(config, workdir / stage, observer=picture_observer)
         if not before:
             # Latents of unit variance are what the noise schedule expects.
             scaling_factor = round(1 / _latent_std(workdir / stage), 4)

@@ -12,6 +12,9 @@ SLURM, GKE, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID) fi
 from __future__ import annotations
 
 import functools
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,7 +23,7 @@ from ml_collections import config_flags
 
 from jaxpercept import cli
 from jaxpercept.inference.observers import evaluation_observer, picture_observer
-from jaxpercept.training.loop import train
+from jaxpercept.training.loop import Interrupted, Observer, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, FILE[:PRESET].")
 _WORKDIR = flags.DEFINE_string(
@@ -34,22 +37,29 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs") / "-".join(filter(None, [Path(file).stem, preset]))
 
 
-def main() -> None:
-    """Read the flags, train, evaluate."""
+def main() -> int:
+    """Read the flags, train, evaluate.
+
+    Returns:
+        The exit status: 143, as for a process that SIGTERM ended, where SIGTERM came.
+    """
     config = _CONFIG.value
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     cli.initialize_distributed()
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(name)
     logging.info("%d device(s): %s", jax.device_count(), jax.devices()[0].device_kind)
-    evaluate = functools.partial(evaluation_observer, workdir=workdir)
-    predicts = config.method.name == "one_step"
-    train(
-        config,
-        workdir,
-        evaluate=evaluate if predicts and config.evaluation.dataset else None,
-        pictures=None if predicts else picture_observer,
-    )
+    observer: Callable[..., Observer] | None = picture_observer
+    if config.method.name == "one_step":
+        observer = functools.partial(evaluation_observer, workdir=workdir)
+    if not config.evaluation.dataset:
+        observer = None
+    try:
+        train(config, workdir, observer=observer)
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return 128 + signal.SIGTERM
     logging.info("done: %s", workdir)
+    return 0
 
 
 if __name__ == "__main__":

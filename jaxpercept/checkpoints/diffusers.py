@@ -36,7 +36,16 @@ from jaxpercept.errors import UserError
 from jaxpercept.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from jaxpercept.models.functional import functional
 
-__all__ = ["Checkpoint", "load", "load_tokenizer", "save", "tokenize", "widen", "widen_conv_in"]
+__all__ = [
+    "Checkpoint",
+    "load",
+    "load_tokenizer",
+    "read_configs",
+    "save",
+    "tokenize",
+    "widen",
+    "widen_conv_in",
+]
 
 Config = UNetConfig | VAEConfig | CLIPTextConfig
 Params = dict[str, dict[str, Any]]
@@ -102,26 +111,46 @@ def load(
       UserError: files are missing (all are listed), damaged or pickles; a config or the tensors do
         not fit the supported architectures; a tensor holds NaN or infinity.
     """
+    folder, checkpoint = _open(str(path_or_hub_id), components, variant)
+    for name in components:
+        shapes = functional(checkpoint.configs[name]).shapes
+        weights = folder / name / _weight_file(folder / name, name, variant)
+        tensors = open_weights(weights)
+        checkpoint.params[name] = to_jax(shapes, tensors, where=str(weights), dtype=dtype)
+    return checkpoint
+
+
+def read_configs(
+    path_or_hub_id: str | Path,
+    *,
+    components: Sequence[str] = ("unet", "vae", "text_encoder"),
+    variant: str | None = None,
+) -> Checkpoint:
+    """What `load` gives, checked for completeness, but with empty `params`: no weights are read.
+
+    Raises:
+      UserError: as `load`, as far as it can be told without reading weights.
+    """
+    return _open(str(path_or_hub_id), components, variant)[1]
+
+
+def _open(source: str, components: Sequence[str], variant: str | None) -> tuple[Path, Checkpoint]:
+    """The local folder, all its files there, and the checkpoint with no weights read."""
     if unknown := set(components) - COMPONENTS.keys():
         raise ValueError(f"unknown components {sorted(unknown)}; there are {list(COMPONENTS)}")
-    folder = _folder(str(path_or_hub_id), components, variant)
+    folder = _folder(source, components, variant)
     _check_complete(folder, components, variant)
-
-    configs, params = {}, {}
-    for name in components:
-        configs[name] = _read_config(folder / name / "config.json", COMPONENTS[name].config)
-        shapes = functional(configs[name]).shapes
-        weights = folder / name / _weight_file(folder / name, name, variant)
-        params[name] = to_jax(shapes, open_weights(weights), where=str(weights), dtype=dtype)
-
     tokenizer = folder / "tokenizer"
-    return Checkpoint(
-        configs=configs,
-        params=params,
+    return folder, Checkpoint(
+        configs={
+            name: _read_config(folder / name / "config.json", COMPONENTS[name].config)
+            for name in components
+        },
+        params={},
         scheduler=_read_if_there(folder / "scheduler" / "scheduler_config.json"),
         tokenizer_dir=None if missing_tokenizer_files(tokenizer) else tokenizer,
         model_index=_read_if_there(folder / "model_index.json"),
-        source=str(path_or_hub_id),
+        source=source,
     )
 
 

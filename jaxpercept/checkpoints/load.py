@@ -28,6 +28,20 @@ def resolve(source: str) -> str:
     return source
 
 
+def describe(
+    source: str, *, components: Sequence[str] = ("unet", "vae", "text_encoder")
+) -> Description:
+    """What a checkpoint of any kind is, without reading its weights; arguments of `load_model`.
+
+    Raises:
+        UserError: nothing there, or not complete.
+    """
+    folder = Path(resolve(source))
+    if (folder / FILE_NAME).is_file():
+        return Description.load(folder)
+    return _description(diffusers.read_configs(str(folder), components=tuple(components)))
+
+
 def load_model(
     source: str, *, components: Sequence[str] = ("unet", "vae", "text_encoder")
 ) -> tuple[Description, Params]:
@@ -47,23 +61,36 @@ def load_model(
     """
     folder = Path(resolve(source))
     if not (folder / FILE_NAME).is_file():
-        return _load_diffusers(str(folder), components)
+        checkpoint, params = _load_diffusers(str(folder), components)
+        return _description(checkpoint), params
     description = Description.load(folder)
     if (folder / orbax.WEIGHTS).is_dir():
         return description, orbax.load_params(folder / orbax.WEIGHTS)
     if (folder / "model_index.json").is_file():
-        _, params = _load_diffusers(str(folder), tuple(description.components))
-        return description, params
+        return description, _load_diffusers(str(folder), tuple(description.components))[1]
     step = latest_step(folder)
     if step is None:
         raise UserError(
             f"{folder} holds no finished checkpoint yet: let the training reach its first save."
         )
-    params = orbax.load_params(folder / STEPS / str(step) / "params")
-    if (folder / FROZEN).is_dir():
-        for component, weights in orbax.load_params(folder / FROZEN).items():
-            params[component] = {**weights, **params.get(component, {})}
-    return description, params
+    return description, merge_params(
+        load_frozen(folder), orbax.load_params(folder / STEPS / str(step) / "params")
+    )
+
+
+def load_frozen(workdir: Path) -> Params:
+    """The weights that a run does not train, as NumPy arrays."""
+    folder = workdir / FROZEN
+    return orbax.load_params(folder) if folder.is_dir() else {}
+
+
+def merge_params(*parts: Params) -> Params:
+    """Weights of several trees in one; later parts win."""
+    merged: Params = {}
+    for part in parts:
+        for component, weights in part.items():
+            merged[component] = {**merged.get(component, {}), **weights}
+    return merged
 
 
 def latest_step(workdir: Path) -> int | None:
@@ -76,15 +103,20 @@ def latest_step(workdir: Path) -> int | None:
     return max(steps, default=None)
 
 
-def _load_diffusers(source: str, components: Sequence[str]) -> tuple[Description, Params]:
+def _load_diffusers(source: str, components: Sequence[str]) -> tuple[diffusers.Checkpoint, Params]:
     checkpoint = diffusers.load(source, components=tuple(components))
     params = checkpoint.params
     if "text_encoder" in checkpoint.configs:
         params["prompt"] = {"embedding": encode_empty_prompt(checkpoint)}
-    description = Description(
-        components=checkpoint.configs, scheduler=checkpoint.scheduler, base_checkpoint=source
+    return checkpoint, params
+
+
+def _description(checkpoint: diffusers.Checkpoint) -> Description:
+    return Description(
+        components=checkpoint.configs,
+        scheduler=checkpoint.scheduler,
+        base_checkpoint=checkpoint.source,
     )
-    return description, params
 
 
 def encode_empty_prompt(checkpoint: diffusers.Checkpoint) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""Weights of a model in Orbax: the final, portable form, restorable on any number of devices."""
+"""Weights of a model in Orbax: written from any devices, read as NumPy arrays on any machine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +18,53 @@ Params = dict[str, dict[str, Any]]
 WEIGHTS = "weights"
 
 
+def array_handler() -> ocp.PyTreeCheckpointHandler:
+    """How trees of arrays are written and read.
+
+    Copies of a large array are written by all devices that hold one, each a part. Orbax compiles
+    a program for every shape it cuts so: for hundreds of small arrays one device writes it all.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 def save_params(folder: Path, params: Params) -> None:
-    """Write weights into `folder`, replacing what a former run left there."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.resolve(), params, force=True)
+    """Write weights into `folder`, replacing what a former run left there.
+
+    The folder appears when it is complete. With several processes, all must call this.
+    """
+    with ocp.Checkpointer(array_handler()) as checkpointer:
+        checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(params), force=True)
 
 
-def load_params(folder: Path, shardings: Any = None) -> Params:
-    """Read weights written by `save_params` or by a training run.
-
-    Args:
-        folder: an Orbax folder.
-        shardings: a tree of shardings like the weights'; None gives NumPy arrays.
+def load_params(folder: Path) -> Params:
+    """Read weights, written by `save_params` or by a training run, as NumPy arrays.
 
     Raises:
         UserError: the folder is no complete Orbax checkpoint.
     """
-    folder = folder.resolve()
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(folder)
-            tree = getattr(metadata, "item_metadata", metadata)
-            tree = getattr(tree, "tree", tree)
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            shardings = shardings or jax.tree.map(lambda _: device, tree)
-            target = jax.tree.map(
-                lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), tree, shardings
-            )
-            params = checkpointer.restore(folder, target)
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder} holds no complete Orbax checkpoint ({str(error).splitlines()[0]}): "
-            "copy it again or train anew."
-        ) from error
-    return params if shardings is None else _to_host_if_single(params, shardings)
+    shapes = load_shapes(folder)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    with _complaint(folder):
+        # The handler, not a Checkpointer: `params` is one item of a run's checkpoint, and only
+        # the whole checkpoint has the metadata file a Checkpointer looks for.
+        return array_handler().restore(
+            folder.resolve(), args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+        )
 
 
-def _to_host_if_single(params: Params, shardings: Any) -> Params:
-    singles = all(
-        isinstance(s, jax.sharding.SingleDeviceSharding) for s in jax.tree.leaves(shardings)
-    )
-    return jax.tree.map(np.asarray, params) if singles else params
+def load_shapes(folder: Path) -> Params:
+    """Shapes and dtypes of the weights in a folder, as a tree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+        UserError: the folder is no complete Orbax checkpoint.
+    """
+    with _complaint(folder):
+        tree = array_handler().metadata(folder.resolve()).tree
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def save_export(folder: Path, description: Description, params: Params) -> None:
@@ -64,3 +72,16 @@ def save_export(folder: Path, description: Description, params: Params) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_params(folder / WEIGHTS, params)
     description.save(folder)
+
+
+@contextmanager
+def _complaint(folder: Path) -> Iterator[None]:
+    """What Orbax raises on damaged files, as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{folder} holds no complete Orbax checkpoint ({reason[:200]}): copy it again or "
+            "train anew."
+        ) from error

@@ -8,6 +8,7 @@ is one file here and one entry in `build_method`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jaxpercept.models.functional import functional
 from jaxpercept.tasks import get_task
 
 Method = OneStep | TextToImage | Autoencoder
+_METHODS = {"one_step": OneStep, "text_to_image": TextToImage, "autoencoder": Autoencoder}
 COMPONENTS = {
     "one_step": ("unet", "vae"),
     "text_to_image": ("unet", "vae", "text_encoder"),
@@ -54,6 +56,7 @@ def build_method(
     name = options.pop("name", "")
     if name not in COMPONENTS:
         raise UserError(f"the method {name!r} is unknown: use one of {', '.join(COMPONENTS)}.")
+    _check_options(name, options)
     missing = [part for part in COMPONENTS[name] if part not in description.components]
     if missing:
         raise UserError(
@@ -73,40 +76,26 @@ def build_method(
         text_encoder=networks.get("text_encoder"),
         schedule=NoiseSchedule.from_config(description.scheduler),
     )
-    try:
-        if name == "one_step":
-            _check_latents(model)
-            weights = options.pop("pixel_weights", {})
-            task = dataclasses.replace(
-                get_task(description.task),
-                vertical_gradient=options.pop("vertical_gradient", False),
-            )
-            return OneStep(
-                model=model,
-                task=task,
-                timesteps=TimestepPolicy.parse(options.pop("timesteps", "uniform")),
-                pixel_weights=tuple(sorted((k, w) for k, w in dict(weights).items() if w)),
-                **options,
-            )
-        if name == "text_to_image":
-            return TextToImage(
-                model=model,
-                timesteps=TimestepPolicy.parse(options.pop("timesteps", "uniform")),
-                empty_ids=tuple(options.pop("empty_ids")),
-                **options,
-            )
+    if name == "autoencoder":
         return Autoencoder(model=model, **options)
-    except TypeError as error:
-        raise UserError(f"config.method does not fit {name!r}: {error}.") from error
+    options["timesteps"] = TimestepPolicy.parse(options.get("timesteps", "uniform"))
+    if name == "text_to_image":
+        options["empty_ids"] = tuple(options.get("empty_ids", ()))
+        return TextToImage(model=model, **options)
+    task = dataclasses.replace(
+        get_task(description.task), vertical_gradient=options.pop("vertical_gradient", False)
+    )
+    weights = dict(options.pop("pixel_weights", {}))
+    options["pixel_weights"] = tuple(sorted((k, w) for k, w in weights.items() if w))
+    return OneStep(model=model, task=task, **options)
 
 
-def _check_latents(model: LatentModel) -> None:
-    unet, vae = model.unet.config, model.vae.config
-    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(_METHODS[name])} - {"model", "task"}
+    if name == "one_step":
+        known.add("vertical_gradient")  # of the task
+    if unknown := sorted(set(options) - known):
         raise UserError(
-            f"one_step feeds the UNet {vae.latent_channels} latent channels, this one takes "
-            f"{unet.in_channels} and gives {unet.out_channels}: start from a plain "
-            "text-to-image checkpoint."
+            f"config.method has the key {unknown[0]!r}, which {name} has not: use "
+            f"{', '.join(sorted(known))}."
         )
-
-

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpercept.diffusion.sampler import ddim_sample
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
+from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params
 from jaxpercept.methods.one_step import to_signed
 from jaxpercept.models.vae import decode_latents, encode_mean
@@ -34,6 +35,15 @@ class TextToImage:
 
     needs_text = True
     fields = ("rgb", "input_ids", "index")
+
+    def __post_init__(self) -> None:
+        self.timesteps.distribution(
+            self.model.schedule.num_train_timesteps
+        )  # raises if it is wrong
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(
+                f"config.method.caption_dropout is {self.caption_dropout}: give a share in [0, 1]."
+            )
 
     def loss(
         self, params: Params, batch: dict[str, Array], key: Array

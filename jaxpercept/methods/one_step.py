@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from jaxpercept import losses
 from jaxpercept.diffusion.schedule import GENPERCEPT
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
+from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params, empty_prompt
 from jaxpercept.models.vae import decode_latents, encode_mean
 from jaxpercept.tasks.depth import DepthTask
@@ -45,6 +46,30 @@ class OneStep:
 
     needs_text = False
     fields = ("rgb", "depth", "valid", "depth_range", "index")
+
+    def __post_init__(self) -> None:
+        unet, vae = self.model.unet.config, self.model.vae.config
+        if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
+            raise UserError(
+                f"one_step feeds the UNet {vae.latent_channels} latent channels, this one takes "
+                f"{unet.in_channels} and gives {unet.out_channels}: start from a plain "
+                "text-to-image checkpoint."
+            )
+        total = GENPERCEPT.num_train_timesteps
+        self.timesteps.distribution(total)  # raises where the policy does not fit
+        if not 0 <= self.inference_timestep < total:
+            raise UserError(
+                f"config.method.inference_timestep is {self.inference_timestep}: give one of 0 to "
+                f"{total - 1}."
+            )
+        for name, _ in self.pixel_weights:
+            if name not in self.task.loss_names:
+                raise UserError(
+                    f"config.method.pixel_weights has {name!r}, which {self.task.name} has not: "
+                    f"use {', '.join(self.task.loss_names)}."
+                )
+        if not self.latent_weight and not self.pixel_weights:
+            raise UserError("config.method asks for no loss: set latent_weight or pixel_weights.")
 
     def _latent(self, params: Params, rgb_latent: Array, timesteps: Array) -> Array:
         """The predicted latent [b, h, w, c] from the RGB latent [b, h, w, c]."""
@@ -99,5 +124,3 @@ def to_signed(rgb: Array) -> Float[Array, "b h w 3"]:
     if jnp.issubdtype(rgb.dtype, jnp.floating):
         return rgb
     return rgb.astype(jnp.float32) / 127.5 - 1.0
-
-

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import signal
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
+import optax
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Shaped
 from tqdm import tqdm
 
+from jaxpercept.checkpoints import orbax
+from jaxpercept.checkpoints.load import FROZEN, load_frozen, merge_params
 from jaxpercept.config import check_config
-from jaxpercept.data.pipeline import make_train_dataset
+from jaxpercept.data.pipeline import TrainDataset, TrainIterator, make_train_dataset
 from jaxpercept.errors import UserError
 from jaxpercept.training import sharding
-from jaxpercept.training.checkpointing import Checkpoints, open_workdir
+from jaxpercept.training.checkpointing import Checkpoints, refuse_other_run, write_description
+from jaxpercept.training.clock import Clock, compile_step
 from jaxpercept.training.metric_writer import MetricWriter
-from jaxpercept.training.optim import Params, make_optimizer, merge_params
-from jaxpercept.training.setup import Setup, set_up
+from jaxpercept.training.optim import Params, make_optimizer
+from jaxpercept.training.setup import Setup, initial_weights, set_up
 from jaxpercept.training.step import State, init_state, make_train_step
 
 Observer = Callable[[int, Params, MetricWriter], dict[str, float]]
 """`(step, all weights, writer) -> metrics`: evaluates, or draws pictures."""
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
-_PEAK = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-}
 
 
 class Interrupted(Exception):
@@ -50,16 +44,17 @@ def train(
     config: Any,
     workdir: Path,
     *,
-    evaluate: Callable[[Setup, Mesh], Observer] | None = None,
-    pictures: Callable[[Setup, Mesh], Observer] | None = None,
+    observer: Callable[[Setup, Mesh], Observer] | None = None,
+    mesh: Mesh | None = None,
 ) -> State:
     """Train as `config` says, or continue what `workdir` holds.
 
     Args:
         config: `jaxpercept.config.base_config()` with changes.
-        workdir: gets `jaxpercept.json`, `checkpoints/`, `frozen/`, `metrics.jsonl`, `pictures/`.
-        evaluate: builds the observer called every `eval_every` steps and at the end.
-        pictures: builds the observer called every `picture_every` steps and at the end.
+        workdir: gets `jaxpercept.json`, `checkpoints/`, `frozen/`, `metrics.jsonl`, `run.json`,
+            `pictures/`, `tensorboard/`. With several hosts, a folder that all of them share.
+        observer: builds what is called every `eval_every` steps and at the end.
+        mesh: None for all devices, arranged as `config.mesh` says.
 
     Returns:
         The final state.
@@ -68,136 +63,43 @@ def train(
         UserError: the config, the data, the checkpoint or the workdir do not fit.
         Interrupted: SIGTERM came; run the same again to go on.
     """
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
+    check_config(config, sharding.batch_devices(mesh))
     setup = set_up(config)
-    check_config(config, sharding.batch_devices(mesh), setup.method.model.downscale)
-    dataset = _dataset(config, setup)
-    open_workdir(workdir, setup.description, setup.frozen)
-
-    optimizer, schedule = make_optimizer(config.optimizer)
-    state, shardings = _place(setup.trainable, optimizer, mesh, ema=config.ema_decay > 0)
-    frozen = sharding.put_tree(setup.frozen, sharding.tree_shardings(setup.frozen, mesh))
-    iterator = iter(dataset)
+    iterator = iter(_dataset(config, setup))
     checkpoints = Checkpoints(workdir, keep=config.keep)
-    start = checkpoints.latest_step() or 0
-    if start:
-        state = checkpoints.restore(start, state, shardings, iterator)
-        logging.info("continuing from step %d of %s", start, workdir)
-
-    step_fn = make_train_step(
-        setup.method.loss,
-        optimizer,
-        mesh=mesh,
-        state_sharding=shardings,
-        seed=config.seed,
-        accumulate=config.accumulate,
-        ema_decay=config.ema_decay,
-    )
-    writer = MetricWriter(workdir)
-    observers = {
-        every: build(setup, mesh)
-        for every, build in (("eval_every", evaluate), ("picture_every", pictures))
-        if build is not None
-    }
     try:
-        if start < config.steps:
-            loop = _Loop(config, mesh, step_fn, schedule, iterator, checkpoints, writer, observers)
-            state = loop.run(start, state, frozen)
-        weights = merge_params(frozen, state.get("ema", state["params"]))
-        for observer in observers.values():
-            writer.scalars(config.steps, observer(config.steps, weights, writer))
-    finally:
-        checkpoints.close()
-        writer.close()
-    return state
-
-
-class _Loop:
-    """The steps between the first batch and the last save."""
-
-    def __init__(self, config, mesh, step_fn, schedule, iterator, checkpoints, writer, observers):
-        self.config, self.mesh, self.step_fn, self.schedule = config, mesh, step_fn, schedule
-        self.iterator, self.checkpoints = iterator, checkpoints
-        self.writer, self.observers = writer, observers
-
-    def run(self, start: int, state: State, frozen: Params) -> State:
-        """Train from step `start` to `config.steps`."""
-        config = self.config
-        batch = self._next_batch()
-        step_fn, report = _compile(self.step_fn, state, frozen, batch)
-        self.writer.scalars(start, report)
-        _summary(report)
-        clock = _Clock(config.batch_size, report.get("flops", 0.0))
-        bar = tqdm(
-            total=config.steps,
-            initial=start,
-            desc="training",
-            unit="step",
-            disable=None if jax.process_index() == 0 else True,
+        start = checkpoints.latest_step()
+        if start is not None:
+            refuse_other_run(workdir, setup.description)
+        optimizer, schedule = make_optimizer(config.optimizer)
+        trained, frozen = _weights(config, setup, workdir, checkpoints, start)
+        write_description(workdir, setup.description)
+        state, shardings = _place(config, trained, optimizer, mesh, checkpoints, start, iterator)
+        frozen = sharding.put_tree(frozen, sharding.tree_shardings(frozen, mesh))
+        step_fn = make_train_step(
+            setup.method.loss,
+            optimizer,
+            mesh=mesh,
+            state_sharding=shardings,
+            schedule=schedule,
+            seed=config.seed,
+            accumulate=config.accumulate,
+            ema_decay=config.ema_decay,
         )
-        with _sigterm() as terminated, bar:
-            pending = None
-            for step in itertools.count(start + 1):
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, frozen, batch)
-                last = step == config.steps or terminated(step)
-                # Save before the next batch is taken: state and iterator must agree.
-                if last or step % config.save_every == 0:
-                    self.checkpoints.save(step, state, self.iterator)
-                if not last:
-                    batch = self._next_batch()
-                # The device works on this step while the host waits for the one before.
-                if pending is not None:
-                    self._finish_step(*pending, clock, bar)
-                pending = (step, metrics)
-                if last:
-                    self._finish_step(*pending, clock, bar)
-                    break
-                clock.pause(self._observe, step, state, frozen)
-        if step < config.steps:
-            raise Interrupted(f"stopped by SIGTERM after step {step}; the state is saved.")
-        return state
-
-    def _next_batch(self) -> dict[str, jax.Array]:
+        observe = observer(setup, mesh) if observer is not None else None
+        writer = MetricWriter(workdir, start or 0)
         try:
-            return sharding.put_batch(next(self.iterator), self.mesh)
-        except StopIteration:
-            raise UserError(
-                "the training data is empty: no example is readable and has a valid pixel."
-            ) from None
-
-    def _finish_step(self, step: int, metrics: dict[str, jax.Array], clock: _Clock, bar) -> None:
-        jax.block_until_ready(metrics["loss"])
-        clock.tick()
-        bar.update()
-        if step % self.config.log_every and step != self.config.steps:
-            return
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not np.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss is not finite at step {step}: lower config.optimizer.learning_rate or "
-                "set config.optimizer.clip_norm=1, then run again to go on from the last save."
-            )
-        values["learning_rate"] = float(self.schedule(step - 1))
-        values |= clock.read()
-        self.writer.scalars(step, values)
-        summary = (
-            f"loss {values['loss']:.4f}, {values['images_per_second']:.1f} img/s, "
-            f"{values['step_seconds'] * 1e3:.0f} ms/step"
-        )
-        bar.set_postfix_str(summary)
-        if bar.disable:  # no terminal: a line in the log instead
-            logging.info("step %d/%d: %s", step, self.config.steps, summary)
-
-    def _observe(self, step: int, state: State, frozen: Params) -> None:
-        for every, observer in self.observers.items():
-            period = self.config[every]
-            if period and step % period == 0:
-                weights = merge_params(frozen, state.get("ema", state["params"]))
-                self.writer.scalars(step, observer(step, weights, self.writer))
+            loop = _Loop(config, mesh, step_fn, iterator, checkpoints, writer, observe)
+            return loop.run(start or 0, state, frozen)
+        finally:
+            writer.close()
+    finally:
+        iterator.close()
+        checkpoints.close()
 
 
-def _dataset(config: Any, setup: Setup) -> grain.IterDataset:
+def _dataset(config: Any, setup: Setup) -> TrainDataset:
     return make_train_dataset(
         [
             (name, weight, {"data_dir": config.data_dir, **config.data.options.get(name, {})})
@@ -216,90 +118,191 @@ def _dataset(config: Any, setup: Setup) -> grain.IterDataset:
     )
 
 
-def _place(trainable: Params, optimizer, mesh: Mesh, *, ema: bool) -> tuple[State, State]:
-    """The initial state on the mesh, and its shardings."""
+def _weights(
+    config: Any, setup: Setup, workdir: Path, checkpoints: Checkpoints, start: int | None
+) -> tuple[Params, Params]:
+    """The trained weights (of a run to be continued, their shapes) and the frozen ones."""
+    if start is not None:
+        return checkpoints.shapes(start), load_frozen(workdir)
+    trained, frozen = initial_weights(config, setup)
+    if frozen:
+        orbax.save_params(workdir / FROZEN, frozen)
+    return trained, frozen
+
+
+def _place(
+    config: Any,
+    trained: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    start: int | None,
+    iterator: TrainIterator,
+) -> tuple[State, State]:
+    """The state on the mesh, initial or as saved, and its shardings."""
 
     def init(params: Params) -> State:
-        return init_state(params, optimizer, ema=ema)
+        return init_state(params, optimizer, ema=config.ema_decay > 0)
 
-    shardings = sharding.tree_shardings(jax.eval_shape(init, trainable), mesh)
-    params = sharding.put_tree(trainable, shardings["params"])
-    return jax.jit(init, out_shardings=shardings)(params), shardings
-
-
-def _compile(step_fn, state: State, frozen: Params, batch: dict[str, jax.Array]):
-    """Compile the step once, ahead of time; say what it costs."""
-    began = time.perf_counter()
-    compiled = step_fn.lower(state, frozen, batch).compile()
-    report = {"compile_seconds": time.perf_counter() - began}
-    cost = compiled.cost_analysis() or {}
-    memory = compiled.memory_analysis()
-    report["flops"] = float(cost.get("flops", 0.0))
-    if memory is not None:
-        report["temporary_bytes"] = float(memory.temp_size_in_bytes)
-        report["argument_bytes"] = float(memory.argument_size_in_bytes)
-    weights = [*jax.tree.leaves(state["params"]), *jax.tree.leaves(frozen)]
-    report["trained_weights"] = float(sum(x.size for x in jax.tree.leaves(state["params"])))
-    report["all_weights"] = float(sum(x.size for x in weights))
-    return compiled, report
+    shapes = jax.eval_shape(init, trained)
+    shardings = sharding.tree_shardings(shapes, mesh)
+    if start is None:
+        params = sharding.put_tree(trained, shardings["params"])
+        return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params), shardings
+    logging.info("continuing from step %d", start)
+    return checkpoints.restore(start, shapes, shardings, iterator), shardings
 
 
-def _summary(report: dict[str, float]) -> None:
-    logging.info(
-        "compiled in %.1f s: %.1f M of %.1f M weights trained, %.2f GFLOP and %.0f MB of "
-        "temporary memory a step and device",
-        report["compile_seconds"],
-        report["trained_weights"] / 1e6,
-        report["all_weights"] / 1e6,
-        report["flops"] / 1e9,
-        report.get("temporary_bytes", 0.0) / 1e6,
-    )
+class _Loop:
+    """The steps between the first batch and the last save."""
+
+    def __init__(self, config, mesh, step_fn, iterator, checkpoints, writer, observe):
+        self.config, self.mesh, self.step_fn, self.iterator = config, mesh, step_fn, iterator
+        self.checkpoints, self.writer, self.observe = checkpoints, writer, observe
+
+    def run(self, start: int, state: State, frozen: Params) -> State:
+        """Train from step `start` to `config.steps`, then observe."""
+        steps = self.config.steps
+        if start >= steps:
+            if scores := self._observe(start, state, frozen):
+                self.writer.scalars(start, scores)
+            return state
+        batch = next(self.iterator)
+        _describe_batch(batch)
+        batch = self._put(batch)
+        step_fn, facts = compile_step(
+            self.step_fn, state, frozen, batch, self.mesh, self.config.accumulate
+        )
+        self.writer.facts(facts)
+        self.clock = Clock(self.config.batch_size, facts["flops"])
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            disable=None if jax.process_index() == 0 else True,
+        )
+        with self.bar, jax.transfer_guard("disallow"):
+            with _sigterm() as terminated:
+                state, pending = self._steps(start, state, frozen, batch, step_fn, terminated)
+            step = pending[0]
+            if step < steps:
+                self._finish(*pending)
+                raise Interrupted(f"stopped by SIGTERM after step {step}; the state is saved.")
+            self._finish(*pending, lambda: self._observe(step, state, frozen))
+        return state
+
+    def _steps(self, start: int, state: State, frozen: Params, batch, step_fn, terminated):
+        """Take steps until the end or until `terminated`; the last one's metrics are not read."""
+        config, pending = self.config, ()
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = step_fn(state, frozen, batch)
+            last = terminated(step) or step == config.steps
+            # Save before the next batch is taken: state and iterator must agree.
+            if last or step % config.save_every == 0:
+                self._save(step, state, metrics)
+            self.checkpoints.check()
+            if not last:
+                batch = self._put(next(self.iterator))
+            # The device works on this step while the host reads the one before.
+            if pending:
+                self._finish(*pending)
+            pending = step, metrics
+            if last:
+                break
+            if config.eval_every and step % config.eval_every == 0:
+                self._finish(*pending, functools.partial(self._observe, step, state, frozen))
+                pending = ()
+        return state, pending
+
+    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return sharding.put_batch(batch, self.mesh, self.config.accumulate)
+
+    def _save(self, step: int, state: State, metrics: Mapping[str, jax.Array]) -> None:
+        _require_finite(step, jax.device_get(metrics))
+        with jax.transfer_guard("allow"):
+            self.checkpoints.save(step, state, self.iterator)
+
+    def _finish(
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        observe: Callable[[], Mapping[str, float]] | None = None,
+    ) -> None:
+        """Wait for a step's metrics, check and report them, with those `observe` finds."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.clock.tick()
+        self.bar.update()
+        _require_finite(step, values)
+        if step % self.config.log_every and observe is None:
+            return
+        values |= self.clock.read()
+        if skipped := sum(self.iterator.skipped.values()):
+            values["skipped_examples"] = skipped
+        summary = (
+            f"loss {values['loss']:.4f}, {values['images_per_second']:.1f} img/s, "
+            f"{values['step_seconds'] * 1e3:.0f} ms/step"
+        )
+        self.bar.set_postfix_str(summary)
+        if self.bar.disable:  # no terminal: a line in the log instead
+            logging.info("step %d/%d: %s", step, self.config.steps, summary)
+        if observe is not None:
+            values |= observe()
+            self.clock.start()
+        self.writer.scalars(step, values)
+
+    def _observe(self, step: int, state: State, frozen: Params) -> dict[str, float]:
+        if self.observe is None:
+            return {}
+        weights = merge_params(frozen, state.get("ema", state["params"]))
+        with jax.transfer_guard("allow"):
+            return self.observe(step, weights, self.writer)
 
 
-class _Clock:
-    """Step time over the steps since the last reading, pauses left out."""
+def _require_finite(step: int, metrics: Mapping[str, Any]) -> None:
+    # A finite gradient leaves the weights finite, so that none are saved that are not.
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(metrics[name]):
+            raise UserError(
+                f"the {name} is not finite at step {step}: start anew in another --workdir with a "
+                "lower config.optimizer.learning_rate or with config.optimizer.clip_norm=1."
+            )
 
-    def __init__(self, batch_size: int, flops: float):
-        self._batch_size, self._flops = batch_size, flops
-        kind = jax.devices()[0].device_kind
-        self._peak = next((peak for name, peak in _PEAK.items() if name in kind), 0.0)
-        self._steps, self._began = 0, time.perf_counter()
 
-    def tick(self) -> None:
-        self._steps += 1
-
-    def pause(self, function: Callable[..., None], *args: Any) -> None:
-        began = time.perf_counter()
-        function(*args)
-        self._began += time.perf_counter() - began
-
-    def read(self) -> dict[str, float]:
-        seconds = (time.perf_counter() - self._began) / max(self._steps, 1)
-        self._steps, self._began = 0, time.perf_counter()
-        values = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
-        if self._peak and self._flops:
-            values["mfu"] = self._flops / seconds / self._peak
-        return values
+def _describe_batch(batch: Mapping[str, Shaped[np.ndarray, "b ..."]]) -> None:
+    """One line about the first batch, in which a wrong unit or a wrong mask shows."""
+    if "depth" in batch:
+        depth = batch["depth"][batch["valid"]]
+        near, median, far = np.quantile(depth, (0.0, 0.5, 1.0))
+        logging.info(
+            "first batch: %.1f %% of the pixels valid, depth %.2f to %.2f m, median %.2f m",
+            100 * batch["valid"].mean(),
+            near,
+            far,
+            median,
+        )
 
 
 @contextmanager
 def _sigterm() -> Iterator[Callable[[int], bool]]:
     """Within: a function that tells whether this step must be the last."""
-    received = []
-
-    def stop(step: int) -> bool:
-        if jax.process_count() > 1:
-            # Every process must agree on the step to stop at; JAX's preemption service decides it.
-            from jax.experimental import multihost_utils
-
-            return multihost_utils.reached_preemption_sync_point(step)
-        return bool(received)
-
     if jax.process_count() > 1:
-        yield stop
+        # Every process must stop at the same step; JAX's preemption service agrees on it.
+        yield _preempted
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # Python hands signals to the main thread alone
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        yield stop
+        yield lambda step: bool(received)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _preempted(step: int) -> bool:
+    try:
+        return multihost_utils.reached_preemption_sync_point(step)
+    except RuntimeError:  # the service is switched off: jax_enable_preemption_service
+        return False

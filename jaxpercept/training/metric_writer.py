@@ -1,37 +1,51 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, the progress bar."""
+"""Where a run's numbers go: `metrics.jsonl`, `run.json`, TensorBoard, `pictures/`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
-from tensorboardX import SummaryWriter
 
 
 class MetricWriter:
-    """Appends to `workdir/metrics.jsonl` and to TensorBoard; the first process alone writes."""
+    """Appends to `workdir/metrics.jsonl` and to TensorBoard; the first process alone writes.
 
-    def __init__(self, workdir: Path):
+    Args:
+        workdir: the run's folder.
+        start: the step the run goes on from. What was written of later steps, which are about to
+            be trained again, is removed.
+    """
+
+    def __init__(self, workdir: Path, start: int = 0):
         self._active = jax.process_index() == 0
         if self._active:
-            self._pictures = workdir / "pictures"
+            from tensorboardX import SummaryWriter  # imported here: it takes a second
+
+            self._workdir, self._pictures = workdir, workdir / "pictures"
             self._pictures.mkdir(parents=True, exist_ok=True)
+            _forget_after(workdir / "metrics.jsonl", start)
             self._lines = (workdir / "metrics.jsonl").open("a", buffering=1)
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One JSON line, and one TensorBoard point a value."""
+        """One JSON line, and one TensorBoard point a value. Values that are not finite are null."""
         if not self._active:
             return
-        plain = {name: float(value) for name, value in values.items()}
+        plain = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
         self._lines.write(json.dumps({"step": step, **plain}) + "\n")
         for name, value in plain.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name, np.nan if value is None else value, step)
+
+    def facts(self, values: Mapping[str, Any]) -> None:
+        """What holds for the whole run, in `workdir/run.json`."""
+        if self._active:
+            (self._workdir / "run.json").write_text(json.dumps(values, indent=2) + "\n")
 
     def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """A PNG in `workdir/pictures`, and the same in TensorBoard."""
@@ -45,3 +59,15 @@ class MetricWriter:
         if self._active:
             self._lines.close()
             self._board.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop lines of later steps, and a line that was cut off when the run was killed."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)

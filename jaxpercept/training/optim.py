@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from jaxpercept.errors import UserError
 
@@ -39,74 +40,61 @@ def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Para
     return picked, frozen
 
 
-def merge_params(*parts: Params) -> Params:
-    """The inverse of `split_params`; later parts win."""
-    merged: Params = {}
-    for part in parts:
-        for component, weights in part.items():
-            merged[component] = {**merged.get(component, {}), **weights}
-    return merged
-
-
-def iter_exponential(
-    peak: float, *, warmup_steps: int, total_steps: int, final_ratio: float
-) -> optax.Schedule:
-    """Marigold's IterExponential: linear warm-up from 0, then exponential decay, then constant.
-
-    With n the update index: n/w before the warm-up's end w, r from N on, and r^((n-w)/(N-w))
-    between [Marigold, GenPercept `src/util/lr_scheduler.py`]. The first update has rate 0.
-    """
-
-    def schedule(count: jax.Array) -> jax.Array:
-        n = jnp.asarray(count, jnp.float32)
-        progress = (n - warmup_steps) / max(total_steps - warmup_steps, 1)
-        decayed = jnp.exp(jnp.log(final_ratio) * jnp.clip(progress, 0.0, 1.0))
-        return peak * jnp.where(n < warmup_steps, n / max(warmup_steps, 1), decayed)
-
-    return schedule
+# What is left of the peak rate, as a function of the decay's progress in [0, 1] and of the final
+# ratio. The first is Marigold's and GenPercept's IterExponential [`src/util/lr_scheduler.py`].
+_DECAYS: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+    "iter_exponential": lambda progress, ratio: jnp.exp(jnp.log(ratio) * progress),
+    "cosine": lambda progress, ratio: ratio + (1 - ratio) * (1 + jnp.cos(jnp.pi * progress)) / 2,
+    "constant": lambda progress, ratio: jnp.ones_like(progress),
+}
+SCHEDULES = tuple(_DECAYS)
 
 
 def make_schedule(config: Any) -> optax.Schedule:
-    """The learning-rate schedule of a config's `optimizer` section.
+    """The learning rate of a config's `optimizer` section, by the number of updates done.
 
-    Raises:
-        UserError: an unknown schedule, or values that make none.
+    With n updates done, w of warm-up and N in all: n / w of the peak before w, then the decay at
+    (n - w) / (N - w), and from N on its end. With a warm-up the first update has rate 0.
     """
-    peak, warmup, total = config.learning_rate, config.warmup_steps, config.decay_steps
-    if peak <= 0 or warmup < 0 or total < 1 or not 0 < config.final_ratio <= 1:
-        raise UserError(
-            "config.optimizer needs learning_rate > 0, warmup_steps >= 0, decay_steps >= 1 and "
-            "0 < final_ratio <= 1."
-        )
-    if config.schedule == "iter_exponential":
-        return iter_exponential(
-            peak, warmup_steps=warmup, total_steps=total, final_ratio=config.final_ratio
-        )
-    if config.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            0.0, peak, warmup, max(total, warmup + 1), peak * config.final_ratio
-        )
-    if config.schedule == "constant":
-        return optax.warmup_constant_schedule(0.0, peak, warmup)
-    raise UserError(
-        f"config.optimizer.schedule {config.schedule!r} is unknown: use 'iter_exponential', "
-        "'cosine' or 'constant'."
-    )
+    decay, warmup = _DECAYS[config.schedule], config.warmup_steps
+    peak, span, ratio = config.learning_rate, config.decay_steps - warmup, config.final_ratio
+
+    def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
+        n = jnp.asarray(count, jnp.float32)
+        progress = jnp.clip((n - warmup) / max(span, 1), 0.0, 1.0)
+        return peak * jnp.where(n < warmup, n / max(warmup, 1), decay(progress, ratio))
+
+    return schedule
 
 
 def _scale_by_group(multipliers: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
     """Multiply each weight's update by the factor of the first regex its name matches."""
 
-    def factor(path: tuple[Any, ...]) -> float:
+    def rule(path: tuple[Any, ...]) -> int | None:
         name = "/".join(str(key.key) for key in path)
-        return next((value for regex, value in multipliers if re.match(regex, name)), 1.0)
+        hits = (i for i, (regex, _) in enumerate(multipliers) if re.match(regex, name))
+        return next(hits, None)
+
+    def init(params: Any) -> optax.EmptyState:
+        used = {rule(path) for path, _ in jax.tree.leaves_with_path(params)}
+        for i, (regex, _) in enumerate(multipliers):
+            if i not in used:
+                raise UserError(
+                    f"config.optimizer.rate_multipliers {regex!r} scales no trained weight: "
+                    "correct it, or move it before the expression that matches first."
+                )
+        return optax.EmptyState()
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
         del params
-        scaled = jax.tree_util.tree_map_with_path(lambda path, u: u * factor(path), updates)
-        return scaled, state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            number = rule(path)
+            return leaf if number is None else leaf * multipliers[number][1]
+
+        return jax.tree.map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_optimizer(config: Any) -> tuple[optax.GradientTransformation, Callable]:

@@ -8,13 +8,14 @@ column-then-row pattern of Megatron-LM (arXiv 1909.08053), which needs no extra 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Shaped
 
 from jaxpercept.errors import UserError
 
@@ -31,25 +32,43 @@ _TENSOR_RULES: tuple[tuple[str, int], ...] = (
 _MIN_FSDP_SIZE = 2**14
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices of all processes; one axis may be -1, "whatever is left".
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh of named axes; one size may be -1, "whatever is left".
+
+    Args:
+        data, fsdp, tensor: the sizes of the axes.
+        devices: None for all devices of all processes.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or `tensor` would split an
+            example between processes, which each read examples of their own.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     free = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) == 1 and known > 0 and count % known == 0:
         sizes[free[0]] = count // known
     if any(size < 1 for size in sizes.values()) or int(np.prod(list(sizes.values()))) != count:
         raise UserError(
-            f"the mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} device(s): "
-            "make the sizes multiply to that number, or leave one of them -1."
+            f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} "
+            "device(s): make the sizes multiply to that number, or leave one of them -1."
+        )
+    if jax.process_count() > 1 and jax.local_device_count() % sizes["tensor"]:
+        raise UserError(
+            f"config.mesh.tensor={sizes['tensor']} does not divide the "
+            f"{jax.local_device_count()} device(s) of a process: use a divisor."
         )
     # Explicit axes (JAX's default) refuse the reshapes around attention; Auto lets XLA place them.
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
 
 
 def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -91,9 +110,23 @@ def put_tree(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch to global arrays split over `data` and `fsdp`."""
-    sharding = NamedSharding(mesh, BATCH)
+def put_batch(
+    batch: Mapping[str, Shaped[np.ndarray, "b ..."]], mesh: Mesh, accumulate: int = 1
+) -> dict[str, jax.Array]:
+    """This process's rows of a batch to global arrays split over `data` and `fsdp`.
+
+    Args:
+        batch: arrays whose first axis counts this process's examples.
+        mesh: where the batch goes.
+        accumulate: above 1, the batch is cut into so many micro-batches along a new first axis.
+            Each takes a contiguous part of every process's rows, which makes it a contiguous part
+            of the global stream: the same examples on any number of devices and processes.
+    """
+    if accumulate == 1:
+        sharding = NamedSharding(mesh, BATCH)
+    else:
+        sharding = NamedSharding(mesh, P(None, *BATCH))
+        batch = {k: x.reshape(accumulate, -1, *x.shape[1:]) for k, x in batch.items()}
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()

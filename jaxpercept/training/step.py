@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxpercept.training.optim import Params, merge_params
-from jaxpercept.training.sharding import BATCH, replicated
+from jaxpercept.checkpoints.load import merge_params
+from jaxpercept.training.optim import Params
+from jaxpercept.training.sharding import replicated
 
 State = dict[str, Any]
 """`step`, `params` (trainable), `opt_state`, and `ema` where weights are averaged."""
@@ -34,6 +34,7 @@ def make_train_step(
     *,
     mesh: Mesh,
     state_sharding: State,
+    schedule: optax.Schedule,
     seed: int,
     accumulate: int = 1,
     ema_decay: float = 0.0,
@@ -45,10 +46,14 @@ def make_train_step(
         optimizer: updates the trainable weights.
         mesh: where the state and the batch live.
         state_sharding: the state's tree of shardings; the new state keeps them.
+        schedule: the optimizer's learning rate, reported in the metrics.
         seed: with the step and each example's index, the only source of randomness.
-        accumulate: number of micro-batches a step's gradient is averaged over. The batch is cut
-            into equal parts; the frozen weights are arguments, never constants.
+        accumulate: number of micro-batches a step's gradient is averaged over; above 1 the batch's
+            first axis counts them, see `sharding.put_batch`.
         ema_decay: decay of the averaged weights; 0 keeps none.
+
+    The frozen weights are arguments, never constants of the compiled step. The metrics are the
+    loss, its terms, the gradient's global norm and the learning rate.
     """
 
     def gradients(params: Params, frozen: Params, batch: dict[str, Array], key: Array):
@@ -59,18 +64,13 @@ def make_train_step(
         return grads, {"loss": loss, **terms}
 
     def accumulated(params: Params, frozen: Params, batch: dict[str, Array], key: Array):
-        def cut(x: Array) -> Array:
-            # Row r goes to micro-batch r % accumulate: each device keeps the rows it holds.
-            x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *BATCH)))
-
         def body(total: Any, micro: dict[str, Array]):
             return jax.tree.map(jnp.add, total, gradients(params, frozen, micro, key)), None
 
-        micros = jax.tree.map(cut, batch)
-        shapes = jax.eval_shape(gradients, params, frozen, jax.tree.map(lambda x: x[0], micros), key)
+        first = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(gradients, params, frozen, first, key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(body, zeros, micros)
+        total, _ = jax.lax.scan(body, zeros, batch)
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def step(state: State, frozen: Params, batch: dict[str, Array]):
@@ -87,8 +87,8 @@ def make_train_step(
             new["ema"] = jax.tree.map(
                 lambda old, now: old + (1.0 - decay) * (now - old), state["ema"], params
             )
-        return new, {**metrics, "grad_norm": optax.tree.norm(grads)}
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["learning_rate"] = jnp.asarray(schedule(state["step"]), jnp.float32)
+        return new, metrics
 
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh))
-    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))

@@ -1,0 +1,86 @@
+"""What a step costs: compilation, arithmetic, memory, time."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
+_PEAK = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+}
+
+
+def compile_step(step_fn: Any, state: Any, frozen: Any, batch: Any, mesh: Mesh, accumulate: int):
+    """Compile the step once, ahead of time, and say what it costs.
+
+    Returns:
+        The compiled step, and the facts for `run.json`: FLOP and bytes are per device and step.
+    """
+    began = time.perf_counter()
+    compiled = step_fn.lower(state, frozen, batch).compile()
+    seconds = time.perf_counter() - began
+    # XLA counts the body of the loop over micro-batches once.
+    flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * accumulate
+    memory = compiled.memory_analysis()
+    trained = sum(x.size for x in jax.tree.leaves(state["params"]))
+    facts = {
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "devices": int(mesh.size),
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+        "compile_seconds": seconds,
+        "flops": flops,
+        "temporary_bytes": getattr(memory, "temp_size_in_bytes", 0),
+        "argument_bytes": getattr(memory, "argument_size_in_bytes", 0),
+        "trained_weights": trained,
+        "all_weights": trained + sum(x.size for x in jax.tree.leaves(frozen)),
+    }
+    logging.info(
+        "compiled in %.1f s: %.1f M of %.1f M weights trained, %.2f GFLOP and %.0f MB of "
+        "temporary memory a step and device",
+        seconds,
+        facts["trained_weights"] / 1e6,
+        facts["all_weights"] / 1e6,
+        facts["flops"] / 1e9,
+        facts["temporary_bytes"] / 1e6,
+    )
+    return compiled, facts
+
+
+class Clock:
+    """Step time over the steps since the last reading."""
+
+    def __init__(self, batch_size: int, flops: float):
+        self._batch_size, self._flops = batch_size, flops
+        kind = jax.devices()[0].device_kind
+        self._peak = next((peak for name, peak in _PEAK.items() if name in kind), 0.0)
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was before."""
+        self._steps, self._began = 0, time.perf_counter()
+
+    def tick(self) -> None:
+        """A step is done."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Seconds a step, images a second and, on known devices, the share of their peak."""
+        seconds = (time.perf_counter() - self._began) / max(self._steps, 1)
+        self.start()
+        values = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
+        if self._peak and self._flops:
+            values["mfu"] = self._flops / seconds / self._peak
+        return values

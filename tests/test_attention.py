@@ -44,12 +44,16 @@ def test_chunked_is_full_attention(rng, monkeypatch, tq, tk, limit, is_causal):
     assert max_abs(got, want) <= 1e-6
 
 
-def test_chunked_has_the_same_gradients(rng, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_SCORES", 200)
+# All at once; a head at a time; a head and five queries at a time.
+@pytest.mark.parametrize("limit", [10**6, 400, 120])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_chunked_has_the_same_gradients(rng, monkeypatch, limit, is_causal):
+    monkeypatch.setattr(attention, "MAX_SCORES", limit)
     inputs, weight = qkv(rng, tq=11), normal(rng, 2, 11, 2, 8)
 
     def loss(q, k, v, implementation):
-        return jnp.sum(weight * dot_product_attention(q, k, v, implementation=implementation))
+        out = dot_product_attention(q, k, v, implementation=implementation, is_causal=is_causal)
+        return jnp.sum(weight * out)
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)
     for got, want in zip(grad(*inputs, "chunked"), grad(*inputs, "xla"), strict=True):

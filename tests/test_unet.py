@@ -144,7 +144,7 @@ def test_remat_keeps_less_for_the_backward_pass():
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
     # What is left: the parameters, one input for each pair of blocks, and the resampling layers.
-    assert kept_bytes("block") < 0.1 * kept_bytes("none")
+    assert kept_bytes("block") < 0.15 * kept_bytes("none")
 
 
 def test_bfloat16(rng):

@@ -1,4 +1,4 @@
-"""Strict settings for every test: eight CPU devices, no silent broadcasting, warnings are errors."""
+"""Strict settings: eight CPU devices, no silent broadcasting, warnings are errors."""
 
 import os
 

@@ -13,7 +13,6 @@ from jaxpercept.models.layers import (
     Identity,
     LayerNorm,
     Linear,
-    resize_nearest,
 )
 
 
@@ -46,10 +45,10 @@ class ResnetBlock2D(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w i"], time: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b h w o"]:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, silu=True))
         if time is not None:
             h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h, silu=True))
         return h + (self.conv_shortcut(x) if self.has_shortcut else x)
 
 
@@ -83,7 +82,7 @@ class Upsample2D(nnx.Module):
         self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None
     ) -> Float[Array, "b ho wo c"]:
         size = size or (2 * x.shape[1], 2 * x.shape[2])
-        return self.conv(resize_nearest(x, size))
+        return self.conv(x, upsample_to=size)
 
 
 class TimestepEmbedding(nnx.Module):

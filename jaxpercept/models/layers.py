@@ -6,6 +6,9 @@ Constructors fill parameters with zeros: real values come from a checkpoint or f
 `Functional.init` (see functional.py), and models are built abstractly, without memory.
 """
 
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -27,12 +30,57 @@ def conv2d(
     stride: int = 1,
     padding: tuple[Pad, Pad] = ((0, 0), (0, 0)),
 ) -> Float[Array, "b ho wo o"]:
-    """2D cross-correlation, NHWC x HWIO -> NHWC. Every convolution of the package ends here."""
+    """2D cross-correlation, NHWC x HWIO -> NHWC. Every convolution of the package ends here.
+
+    The choices below are those that benchmarks/README.md has figures for.
+    """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]  # a matrix product, which no backend runs slower than a 1x1 conv
+    few_pixels = math.prod(x.shape[:3]) <= 256 and kernel.shape[2] >= 1024
+    if jax.default_backend() == "cpu" and few_pixels and stride == 1:
+        # XLA's CPU convolution rearranges the kernel at each call, here most of the work.
+        return _patches(x, kernel.shape[:2], padding) @ kernel.reshape(-1, kernel.shape[-1])
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def _patches(
+    x: Float[Array, "b h w i"], window: tuple[int, int], padding: tuple[Pad, Pad]
+) -> Float[Array, "b ho wo k"]:
+    """Every window of the padded image as one vector, in the order of a kernel's rows."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = (size - k + 1 for size, k in zip(x.shape[1:3], window, strict=True))
+    taps = itertools.product(*map(range, window))
+    return jnp.concatenate([x[:, i : i + height, j : j + width] for i, j in taps], axis=-1)
+
+
+def upsample_conv2d(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], size: tuple[int, int]
+) -> Float[Array, "b ho wo o"]:
+    """Nearest upsampling to `size`, then a 3x3 convolution with one pixel of padding.
+
+    Where the size is doubled, each output pixel sees only 2x2 different inputs, so that four 2x2
+    convolutions, one for each parity of row and column, do with 4/9 of the multiplications (the
+    sub-pixel convolution of Shi et al., arXiv 1609.05158, backwards). That pays on CPUs, where
+    there are enough pixels to make up for adding the kernels' taps.
+    """
+    b, h, w, _ = x.shape
+    doubled, many_pixels = size == (2 * h, 2 * w), b * h * w >= 256
+    if not (jax.default_backend() == "cpu" and doubled and many_pixels):
+        return conv2d(resize_nearest(x, size), kernel, padding=((1, 1), (1, 1)))
+
+    def fold(taps: Float[Array, "3 *rest"], parity: int) -> Float[Array, "2 *rest"]:
+        """Even outputs see (before, here, here), odd ones (here, here, after)."""
+        first, second, third = taps
+        return jnp.stack([first, second + third] if parity == 0 else [first + second, third])
+
+    def outputs(row: int, column: int) -> Float[Array, "b h w o"]:
+        folded = fold(fold(kernel, row).swapaxes(0, 1), column).swapaxes(0, 1)
+        return conv2d(x, folded, padding=((1 - row, row), (1 - column, column)))
+
+    rows = [jnp.stack([outputs(row, column) for column in (0, 1)], axis=3) for row in (0, 1)]
+    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
 
 
 def per_channel(v: Float[Array, "c"], ndim: int) -> Float[Array, "*ones c"]:
@@ -62,9 +110,15 @@ class Conv2d(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((out_channels,)))
         self.use_bias = bias
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b ho wo o"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        y = conv2d(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
+    def __call__(
+        self, x: Float[Array, "b h w i"], *, upsample_to: tuple[int, int] | None = None
+    ) -> Float[Array, "b ho wo o"]:
+        """`upsample_to`: first resize to this height and width by nearest neighbour."""
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if upsample_to:
+            y = upsample_conv2d(x, kernel, upsample_to)
+        else:
+            y = conv2d(x, kernel, stride=self.stride, padding=self.padding)
         if self.use_bias:
             y = y + per_channel(self.bias[...].astype(self.dtype), y.ndim)
         return y
@@ -95,7 +149,7 @@ class Linear(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """torch.nn.GroupNorm over [batch, *space, channels].
+    """torch.nn.GroupNorm over [batch, *space, channels], followed by SiLU where asked for.
 
     Two passes (mean, then mean squared deviation) in float32: E[x^2] - E[x]^2 in one pass loses
     all digits where a channel's mean is large against its spread, as in the VAE decoder.
@@ -110,24 +164,79 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((channels,)))
         self.bias = nnx.Param(jnp.zeros((channels,)))
 
-    def _group_mean(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *ones c"]:
-        """Mean over space and the channels of a group, repeated for each channel of the group."""
-        # Space first, with channels left in their lanes; then the few channels of each group.
-        space = tuple(range(1, x.ndim - 1))
-        channel_mean = jnp.mean(x, axis=space)
-        batch, channels = channel_mean.shape
-        grouped = channel_mean.reshape(batch, self.num_groups, -1)
-        mean = jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape)
-        return lax.expand_dims(mean.reshape(batch, channels), space)
+    def __call__(self, x: Float[Array, "b *space c"], *, silu: bool = False) -> Float[Array, "..."]:
+        scale, bias = self.scale[...], self.bias[...]
+        return _group_norm(x, scale, bias, self.num_groups, self.eps, silu).astype(self.dtype)
 
-    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
-        x = x.astype(jnp.float32)
-        centred = x - self._group_mean(x)
-        variance = self._group_mean(jnp.square(centred))
-        scale = per_channel(self.scale[...].astype(jnp.float32), x.ndim)
-        bias = per_channel(self.bias[...].astype(jnp.float32), x.ndim)
-        y = centred * (lax.rsqrt(variance + self.eps) * scale) + bias
-        return y.astype(self.dtype)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _group_norm(
+    x: Float[Array, "b *space c"],
+    scale: Float[Array, "c"],
+    bias: Float[Array, "c"],
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> Float[Array, "b *space c"]:
+    """GroupNorm (and SiLU), float32, keeping nothing but its input for the backward pass.
+
+    Autodiff would keep the centred input, the normalised one and the sigmoid as well: on a CPU
+    these layers are bound by memory, and they are half of what training holds.
+    """
+    return _group_norm_forward(x, scale, bias, num_groups, eps, silu)[0]
+
+
+def _group_norm_forward(x, scale, bias, num_groups, eps, silu):
+    wide = x.astype(jnp.float32)
+    mean = _group_mean(_space_mean(wide), num_groups, x.ndim)
+    variance = _group_mean(_space_mean(jnp.square(wide - mean)), num_groups, x.ndim)
+    inverse = lax.rsqrt(variance + eps)
+    y = _affine(_normalise(wide, mean, inverse), scale, bias)
+    return jax.nn.silu(y) if silu else y, (x, scale, bias, mean, inverse)
+
+
+def _group_norm_backward(num_groups, eps, silu, residuals, d_y):
+    # The barrier keeps XLA from storing the forward pass's intermediate results after all.
+    (x, scale, bias, mean, inverse), d_y = lax.optimization_barrier((residuals, d_y))
+    wide, wide_scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    if silu:
+        y = _affine(_normalise(wide, mean, inverse), scale, bias)
+        sigmoid = jax.nn.sigmoid(y)
+        d_y = d_y * (sigmoid * (1 + y * (1 - sigmoid)))
+    # Means over the space of each image, [b, c]: of d_y and of d_y * normalised(x).
+    d_bias = _space_mean(d_y)
+    flat_mean, flat_inverse = (v.reshape(d_bias.shape) for v in (mean, inverse))
+    d_scale = (_space_mean(d_y * wide) - flat_mean * d_bias) * flat_inverse
+    offset = _group_mean(d_bias * per_channel(wide_scale, 2), num_groups, x.ndim)
+    slope = _group_mean(d_scale * per_channel(wide_scale, 2), num_groups, x.ndim)
+    d_x = d_y * per_channel(wide_scale, x.ndim) - offset - _normalise(wide, mean, inverse) * slope
+    pixels = math.prod(x.shape[1:-1])
+    d_scale, d_bias = (pixels * jnp.sum(d, axis=0) for d in (d_scale, d_bias))
+    d_x = (d_x * inverse).astype(x.dtype)
+    return d_x, d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
+
+
+_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+def _space_mean(x: Float[Array, "b *space c"]) -> Float[Array, "b c"]:
+    return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
+
+
+def _group_mean(v: Float[Array, "b c"], num_groups: int, ndim: int) -> Float[Array, "b *ones c"]:
+    """Mean over the channels of each group, repeated for each of them, shaped to broadcast."""
+    grouped = v.reshape(v.shape[0], num_groups, -1)
+    mean = jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape)
+    return lax.expand_dims(mean.reshape(v.shape), range(1, ndim - 1))
+
+
+def _normalise(x: Array, mean: Array, inverse: Array) -> Float[Array, "b *space c"]:
+    return (x - mean) * inverse
+
+
+def _affine(x: Array, scale: Array, bias: Array) -> Float[Array, "b *space c"]:
+    scale, bias = (per_channel(v.astype(jnp.float32), x.ndim) for v in (scale, bias))
+    return x * scale + bias
 
 
 class LayerNorm(nnx.Module):

@@ -261,5 +261,5 @@ class UNet2DConditionModel(nnx.Module):
             size = skips[remaining - 1].shape[1:3] if remaining else None
             x = block(x, skips, time, context, size)
             features.append(x)
-        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        x = self.conv_out(self.conv_norm_out(x, silu=True))
         return (x, tuple(features)) if return_features else x

@@ -1,7 +1,8 @@
-"""A training run of seconds: the tiny model on procedural scenes."""
+"""Training runs of seconds: configs, data and checkpoints for the tests of the loop."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,17 +14,30 @@ import jax
 import numpy as np
 import tiny_model
 from ml_collections import ConfigDict
+from PIL import Image
 
+from jaxpercept.checkpoints.orbax import save_export
 from jaxpercept.config import base_config
-from jaxpercept.training.loop import train
-from jaxpercept.training.sharding import make_mesh
+from jaxpercept.models.functional import functional
+
+SIZE = (16, 24)
+AUTOENCODER = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [4],
+    "layers_per_block": 1,
+    "latent_channels": 2,
+    "norm_num_groups": 2,
+}
 
 
 def config(checkpoint: Path | str, **changes: Any) -> ConfigDict:
-    """8 images of 16 x 24 a step; `changes` by dotted key, with __ for the dot."""
+    """One-step depth, 8 images a step; `changes` by dotted key, with __ for the dot."""
     c = base_config()
     c.checkpoint = str(checkpoint)
-    c.resolution = (16, 24)
+    c.resolution = SIZE
     c.steps = 4
     c.batch_size = 8
     c.seed = 7
@@ -36,15 +50,50 @@ def config(checkpoint: Path | str, **changes: Any) -> ConfigDict:
     return c
 
 
+def autoencoder_config(**changes: Any) -> ConfigDict:
+    """A small autoencoder from scratch on procedural scenes: quicker to compile."""
+    c = config("", random_init=("vae",), trainable=("vae/",), task="", **changes)
+    c.method = {"name": "autoencoder"}
+    c.architecture = {"vae": AUTOENCODER}
+    return c
+
+
 def base(folder: Path) -> Path:
-    """A checkpoint to start from, with fresh random weights."""
-    return tiny_model.save(folder, np.random.default_rng())
+    """An Orbax export to start from, with fresh random weights and little to compile."""
+    rng = np.random.default_rng()
+    unet = dataclasses.replace(
+        tiny_model.COMPONENTS["unet"],
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    components = {**tiny_model.COMPONENTS, "unet": unet}
+    params = {k: functional(c).init(int(rng.integers(2**31))) for k, c in components.items()}
+    prompt = rng.normal(size=(1, 2, tiny_model.WIDTH)).astype(np.float32)
+    params["prompt"] = {"embedding": prompt}
+    save_export(folder, tiny_model.description(components=components), params)
+    return folder
 
 
-def run(c: ConfigDict, workdir: Path, devices: int = 1, **mesh: int):
-    """Train on the first `devices` devices; the final state and the logged lines."""
-    state = train(c, workdir, mesh=make_mesh(devices=jax.devices()[:devices], **mesh))
-    return state, metrics(workdir)
+def dataset(folder: Path, images: int = 12) -> Path:
+    """A folder dataset with holes in its depth: `rgb/`, and `depth/` in millimetres."""
+    rng = np.random.default_rng()
+    for name in ("rgb", "depth"):
+        (folder / name).mkdir(parents=True)
+    for i in range(images):
+        rgb = rng.integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+        depth = rng.integers(500, 9000, SIZE).astype(np.uint16)
+        depth[rng.random(SIZE) < 0.01 * i] = 0
+        Image.fromarray(rgb).save(folder / "rgb" / f"{i:02}.png")
+        Image.fromarray(depth).save(folder / "depth" / f"{i:02}.png")
+    return folder
+
+
+def on_folder(folder: Path) -> dict[str, Any]:
+    """Changes to a config that train on a folder dataset."""
+    return {
+        "data__mixture": {"folder": 1.0},
+        "data__options": {"folder": {"data_dir": str(folder), "depth_scale": 1000.0}},
+    }
 
 
 def metrics(workdir: Path) -> list[dict[str, float]]:
@@ -54,17 +103,18 @@ def metrics(workdir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def curve(lines: list[dict[str, float]], name: str = "loss") -> np.ndarray:
-    """One metric, step by step."""
+def curve(workdir: Path, name: str = "loss") -> np.ndarray:
+    """One metric, step by step from the first."""
+    lines = metrics(workdir)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return np.array([line[name] for line in lines])
 
 
-def leaves(state: Any) -> dict[str, np.ndarray]:
-    """Every array of a state on the host, by path."""
+def leaves(tree: Any) -> dict[str, np.ndarray]:
+    """Every array of a tree on the host, by path."""
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree.leaves_with_path(state)
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
@@ -73,26 +123,6 @@ def assert_bit_equal(left: Any, right: Any) -> None:
     assert left.keys() == right.keys()
     for path, value in left.items():
         np.testing.assert_array_equal(value, right[path], err_msg=path, strict=True)
-
-
-def command(
-    config_file: Path, workdir: Path, *arguments: str, module: str = "jaxpercept.train", **env: str
-) -> subprocess.Popen:
-    """The train command in a process of its own, on two CPU devices unless `env` says otherwise."""
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            module,
-            f"--config={config_file}",
-            f"--workdir={workdir}",
-            *arguments,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"} | env,
-    )
 
 
 def write_config(path: Path, c: ConfigDict) -> Path:
@@ -104,6 +134,35 @@ def write_config(path: Path, c: ConfigDict) -> Path:
         "def get_config():\n"
         "    c = base_config()\n"
         "    c.update(VALUES)\n"
+        "    c.optimizer.decay_steps = c.get_ref('steps')\n"
         "    return c\n"
     )
     return path
+
+
+def command(
+    config_file: Path,
+    workdir: Path,
+    *arguments: str,
+    program: tuple[str, ...] = ("-m", "jaxpercept.train"),
+    **env: str,
+) -> subprocess.Popen:
+    """The train command in a process of its own, on two CPU devices unless `env` says otherwise.
+
+    Compiled programs are kept beside the config file: the same run compiles once.
+    """
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    flags = [f"--config={config_file}", f"--workdir={workdir}", *arguments]
+    return subprocess.Popen(
+        [sys.executable, *program, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **settings, **env},
+    )

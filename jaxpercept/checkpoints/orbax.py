@@ -82,6 +82,6 @@ def _complaint(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder} holds no complete Orbax checkpoint ({reason[:200]}): copy it again or "
-            "train anew."
+            f"{folder} holds no complete Orbax checkpoint ({reason[:200]}): copy it again, or "
+            "remove it where a run has an earlier one."
         ) from error

@@ -11,8 +11,8 @@ evaluates it on held-out ones. Presets, after a colon:
                     Virtual KITTI 2 (`--config.data.options.hypersim.data_dir=DIR`, likewise
                     `vkitti`) and `--config.checkpoint=DIR_OR_HUB_ID`.
 
-Hardware, time and the metrics each preset reached are in docs/results.md; `sd21` has not been run
-by us, the paper reports AbsRel 5.2 % on NYUv2 for it.
+What was measured is in docs/results.md; `scenes`, `nyuv2` and `sd21` have not been run to the end
+by us; the paper reports AbsRel 5.2 % on NYUv2 for `sd21`.
 """
 
 from ml_collections import ConfigDict
@@ -39,6 +39,8 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.steps = 240
     config.batch_size = 16
     config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.final_ratio = 0.05
     config.optimizer.warmup_steps = 20
     config.optimizer.decay_steps = config.get_ref("steps")
     config.optimizer.clip_norm = 1.0

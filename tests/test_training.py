@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_is_named(one, tmp_path):
         lambda: load_model(str(workdir)),
         lambda: train(one.config, workdir, mesh=one.mesh),
     ):
-        with pytest.raises(UserError, match="20/params holds no complete Orbax .* earlier one"):
+        with pytest.raises(UserError, match=r"20/params holds no complete Orbax .* earlier one"):
             read()
 
 

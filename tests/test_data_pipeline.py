@@ -239,7 +239,7 @@ def break_records(folder):
 def test_training_replaces_bad_records_and_names_them_once(folder, caplog):
     break_records(folder)
     iterator = iter(make(folder, batch_size=7))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="absl"):
         batches = [next(iterator) for _ in range(3)]
     iterator.close()
     for name in ("rgb/2.png", "rgb/5.png"):

@@ -286,7 +286,9 @@ def test_evaluate_a_folder(checkpoint, dataset, capsys):
         "predictions.png",
     }
     content = json.loads((folder / "metrics.json").read_text())
-    assert 0 < content["metrics"]["abs_rel"] <= content["best_constant"]["abs_rel"]
+    # Random weights: least squares makes of them what a constant is worth.
+    worth = content["best_constant"]["abs_rel"]
+    assert content["metrics"]["abs_rel"] == pytest.approx(worth, rel=0.2)
     assert content["protocol"]["images"] == 2
     assert content["protocol"]["depth_scale"] == 1000
     assert content["kind"] == "affine_depth"

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -139,7 +142,18 @@ def prefetched(
     options = grain.MultiprocessingOptions(
         num_workers=num_workers, per_worker_buffer_size=buffer_size
     )
-    return in_worker.mp_prefetch(options).map(_own_memory)
+    return in_worker.mp_prefetch(options, _end_with_parent).map(_own_memory)
+
+
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    """In a worker: exit when the process it works for is killed; it would wait for ever."""
+    del worker_index, worker_count
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _own_memory(element: dict[str, Any]) -> dict[str, Any]:

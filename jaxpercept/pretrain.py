@@ -4,8 +4,7 @@
         --workdir=runs/pretrain --output=jaxpercept/assets/sd-tiny
 
 A tokenizer on the captions, the stages of the config (the autoencoder, then the UNet with the text
-encoder in its latent space, on small and on full pictures), and the export to a diffusers folder
-in float16. Each stage is a training run like any other, so the same command goes on where an
+encoder in its latent space), and the export to a diffusers folder in float16. Each stage is a training run like any other, so the same command goes on where an
 interrupted one stopped.
 """
 
@@ -65,11 +64,11 @@ def pretrain(
         overrides: values to change in every config.
     """
     tokenizer, before, scaling_factor = workdir / "tokenizer", "", 1.0
+    if not (tokenizer / "vocab.json").exists():
+        _train_tokenizer(tokenizer, get_config(stages[-1]).data.mixture, data_dir)
     for stage in stages:
         config = get_config(stage)
         config.update({**(overrides or {}), "data_dir": data_dir, "checkpoint": before})
-        if not (tokenizer / "vocab.json").exists():
-            _train_tokenizer(tokenizer, config.data.mixture, data_dir)
         if before:
             config.tokenizer = str(tokenizer)
             config.architecture.vae.scaling_factor = scaling_factor

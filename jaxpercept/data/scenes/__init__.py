@@ -1,7 +1,8 @@
 """Procedural indoor scenes with exact ground truth, the same on every machine.
 
-`render(index)` draws a furnished room from (seed, index), casts a camera's rays exactly, and
-shades the picture with textures, lights, cast shadows and a camera model.
+`render(index)` draws a room from (seed, index), casts a camera's rays exactly, and shades the
+picture with textures, lights, cast shadows and a camera model. The room is plain, with boxes,
+balls, cylinders and cones on the floor, or furnished like real ones.
 
 Conventions
 - Pixel (row i, column j) looks along ((j + 0.5 - cx) / fx, (i + 0.5 - cy) / fy, 1) with x right,
@@ -20,8 +21,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxpercept.data.scenes.builder import CLASS, CLASSES, Parts
 from jaxpercept.data.scenes.language import caption, phrases, sights
-from jaxpercept.data.scenes.layout import compose
+from jaxpercept.data.scenes.layout import FurnishedRoom
 from jaxpercept.data.scenes.palette import Draws
+from jaxpercept.data.scenes.plain import PlainRoom
 from jaxpercept.data.scenes.plan import Camera, Layout
 from jaxpercept.data.scenes.raster import (
     FACES,
@@ -85,7 +87,14 @@ def _class_table(parts: Parts, layout: Layout) -> Int[np.ndarray, " faces"]:
     return table.ravel()
 
 
-def render(index: int, *, height: int = 96, width: int = 128, seed: int = 0) -> Scene:
+def compose(draws: Draws, *, furnished: bool) -> Layout:
+    """A whole scene before it is rendered, drawn from `draws`."""
+    return (FurnishedRoom if furnished else PlainRoom)(draws).compose()
+
+
+def render(
+    index: int, *, height: int = 96, width: int = 128, seed: int = 0, furnished: bool = False
+) -> Scene:
     """Scene `index` of the stream `seed`; the size changes the sampling, not the scene.
 
     Raises:
@@ -96,7 +105,7 @@ def render(index: int, *, height: int = 96, width: int = 128, seed: int = 0) -> 
     if height < 8 or width < 8:
         raise UserError(f"scene size {height}x{width} is too small: use at least 8x8.")
     draws = Draws(seed, index)
-    layout = compose(draws)
+    layout = compose(draws, furnished=furnished)
     parts = layout.builder.finish(1 + len(layout.recess_walls))
     view = _view(layout.camera, height, width)
     solids = to_camera(parts.solids, view)
@@ -135,11 +144,12 @@ class SceneSource:
         *,
         height: int = 96,
         width: int = 128,
+        furnished: bool = False,
     ):
         if size < 1 or start < 0:
             raise UserError(f"scene source needs size >= 1 and start >= 0, not {size}, {start}.")
-        self.seed, self.size, self.start = seed, size, start
-        self.height, self.width = height, width
+        self.size, self.start = size, start
+        self.options = {"height": height, "width": width, "seed": seed, "furnished": furnished}
 
     def __len__(self) -> int:
         return self.size
@@ -147,12 +157,8 @@ class SceneSource:
     def __getitem__(self, record: int) -> Scene:
         if not 0 <= record < self.size:
             raise IndexError(f"scene {record} of a source of {self.size}")
-        return render(
-            self.start + record, height=self.height, width=self.width, seed=self.seed
-        )  # fmt: skip
+        return render(self.start + record, **self.options)
 
     def __repr__(self) -> str:
-        return (
-            f"SceneSource(seed={self.seed}, size={self.size}, start={self.start}, "
-            f"height={self.height}, width={self.width})"
-        )
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"SceneSource(size={self.size}, start={self.start}, {options})"

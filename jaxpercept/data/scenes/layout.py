@@ -1,4 +1,4 @@
-"""Draws one indoor scene: the room, the camera, the furniture along walls and in the middle."""
+"""Draws a furnished room: the walls, the camera, the furniture along walls and in the middle."""
 
 from jaxpercept.data.scenes import props
 from jaxpercept.data.scenes.builder import Builder, Place, footprint, overlaps
@@ -20,11 +20,14 @@ from jaxpercept.data.scenes.plan import ROOMS, Camera, Layout, Light
 MAX_SOLIDS = 64
 
 
-class _Composer:
+class FurnishedRoom:
+    """A room of one of the kinds of `ROOMS`, as it is composed."""
+
+    openings = 0.42  # the share of the walls with a doorway or a window
+
     def __init__(self, draws: Draws):
         self.draws, self.b = draws, Builder()
-        weights = {name: row[0] for name, row in ROOMS.items()}
-        self.kind = draws.weighted(weights)
+        self.kind = self._kind()
         self.size = self._size()
         self.taken: list[tuple[Number, Number, Number, Number]] = []
         self.hung: list[tuple[Number, Number, Number, Number]] = []
@@ -34,6 +37,9 @@ class _Composer:
         self.curtains: list[tuple[Place, Number, Number, Number]] = []
         self._aim()
         self._shell()
+
+    def _kind(self) -> str:
+        return self.draws.weighted({name: row[0] for name, row in ROOMS.items()})
 
     def _size(self) -> tuple[Number, Number, Number]:
         draws = self.draws
@@ -47,7 +53,7 @@ class _Composer:
 
     def _aim(self) -> None:
         draws = self.draws
-        wide, high, deep = self.size
+        _, high, deep = self.size
         share = draws.between(0.17, 0.83)
         back = draws.between(0.08, 0.5) if draws.chance(0.75) else draws.between(0.15, 0.45) * deep
         narrow = self.kind == "corridor"
@@ -55,9 +61,16 @@ class _Composer:
         yaw += draws.middle(-0.35, 0.35) if narrow else draws.middle(-0.95, 0.95)
         pitch = draws.middle(-0.56, 0.14) if draws.chance(0.85) else draws.middle(-0.8, 0.25)
         eye = min(draws.middle(0.85, 1.85), high - 0.3)
+        self._look(share, back, eye, yaw, pitch, draws.middle(-0.09, 0.09))
+
+    def _look(
+        self, share: Number, back: Number, eye: Number, yaw: Number, pitch: Number, roll: Number
+    ) -> None:
+        """Put the camera at a share of the width, metres from the back wall and the floor."""
+        draws, (wide, _, deep) = self.draws, self.size
         cy, sy = self.yaw = rotation(yaw)
         cp, sp = rotation(pitch)
-        cr, sr = rotation(draws.middle(-0.09, 0.09))
+        cr, sr = rotation(roll)
         right, up = (cy, 0.0, -sy), (-sy * sp, cp, -cy * sp)
         self.camera = Camera(
             (share * wide, eye, min(back, 0.6 * deep)),
@@ -79,7 +92,7 @@ class _Composer:
         self.b.box(half, half, paper, front=other, top=over, bottom=self.ground, structure=True)
         for face in self.facing():
             place, length = self.wall_place(face)
-            if draws.chance(0.42):
+            if draws.chance(self.openings):
                 self._recess(face, place, length)
 
     def facing(self) -> list[int]:
@@ -257,12 +270,17 @@ class _Composer:
             else:
                 self.turned_put(name, spot, draws.between(-3.14, 3.14))
 
-    def floor_prop(self, spot: Place) -> None:
+    def floor_prop(
+        self,
+        spot: Place,
+        sizes: tuple[Number, Number] = (0.2, 0.55),
+        kinds: dict[str, Number] = props.ON_FLOOR,
+    ) -> None:
         draws = self.draws
-        size = draws.between(0.2, 0.55)
+        size = draws.between(*sizes)
         if self.free(footprint(spot, 0.6 * size, 0.6 * size), size) and not self.full:
             self.taken.append(footprint(spot, 0.5 * size, 0.5 * size))
-            props.prop(self.b, draws, draws.weighted(props.ON_FLOOR), spot, size, "floor")
+            props.prop(self.b, draws, draws.weighted(kinds), spot, size, "floor")
 
     def foreground(self) -> None:
         """Something close that cuts into the picture from the side or from below."""
@@ -371,6 +389,17 @@ class _Composer:
         return [lights[0], lamp._replace(colour=scaled(lamp.colour, draws.between(0.1, 0.6)))]
 
     def compose(self) -> Layout:
+        """The whole scene, independent of the picture's size."""
+        self.furnish()
+        draws = self.draws
+        level = draws.between(0.06, 0.35)
+        ambient = tuple(level * draws.between(0.85, 1.1) for _ in range(3))
+        return Layout(
+            self.kind, self.b, self.size, self.camera, self.lights, ambient, self.recess_walls,
+            self.recess_light, self.wall.word, self.ground.word,
+        )  # fmt: skip
+
+    def furnish(self) -> None:
         draws = self.draws
         self.structure()
         if draws.chance(0.28):
@@ -384,20 +413,9 @@ class _Composer:
         for _ in range(draws.whole(0, 5)):
             self.floor_prop(self.spot_in_view(0.9, 3.5))
         self.on_walls()
-        lights = self.ceiling_lights()
+        self.lights = self.ceiling_lights()
         for surface in self.b.surfaces:
             if self.full:
                 break
             if self.seen(surface.place.x, surface.place.z, 0.4):
                 props.clutter_surface(self.b, draws, surface, draws.whole(0, 5))
-        level = draws.between(0.06, 0.35)
-        ambient = tuple(level * draws.between(0.85, 1.1) for _ in range(3))
-        return Layout(
-            self.kind, self.b, self.size, self.camera, lights, ambient, self.recess_walls,
-            self.recess_light, self.wall.word, self.ground.word,
-        )  # fmt: skip
-
-
-def compose(draws: Draws) -> Layout:
-    """The whole scene drawn from `draws`, independent of the picture's size."""
-    return _Composer(draws).compose()

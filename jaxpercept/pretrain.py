@@ -4,8 +4,8 @@
         --workdir=runs/pretrain --output=jaxpercept/assets/sd-tiny
 
 A tokenizer on the captions, the stages of the config (the autoencoder, then the UNet with the text
-encoder in its latent space), and the export to a diffusers folder in float16. Each stage is a training run like any other, so the same command goes on where an
-interrupted one stopped.
+encoder in its latent space), and the export to a diffusers folder in float16. Each stage is a
+training run like any other, so the same command goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations

@@ -88,9 +88,10 @@ def _vae(config: ConfigDict) -> ConfigDict:
     config.resolution = (48, 64)
     config.data.augment.scale = (0.45, 0.7)
     config.data.mixture = {"furnished": 0.5, "tiny_imagenet": 0.5}
-    config.steps = 2400
+    config.steps = 1900
     config.batch_size = 16
-    config.method = {"name": "autoencoder", "gradient_weight": 1.0, "kl_weight": 1e-4}
+    config.method = {"name": "autoencoder", "gradient_weight": 1.0, "cell_weight": 1.0}
+    config.method.kl_weight = 1e-4
     config.architecture = {"vae": VAE}
     config.random_init = ("vae",)
     config.trainable = ("vae/",)

@@ -156,9 +156,10 @@ def test_wrong_requests_are_named(tmp_path, name, options, message):
         open_dataset(name, **options)
 
 
-def test_scenes_are_records_and_splits_are_disjoint(rng):
-    train = open_dataset("scenes", resolution=(16, 24))
-    test = open_dataset("scenes", resolution=(16, 24), evaluation=True, size=3)
+@pytest.mark.parametrize("name", ["scenes", "furnished"])
+def test_scenes_are_records_and_splits_are_disjoint(rng, name):
+    train = open_dataset(name, resolution=(16, 24))
+    test = open_dataset(name, resolution=(16, 24), evaluation=True, size=3)
     assert len(test) == 3
     assert len(train) == 2**24
     record = pickle.loads(pickle.dumps(test))[int(rng.integers(3))]

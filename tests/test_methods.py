@@ -222,7 +222,7 @@ def test_the_denoising_loss_is_that_of_latent_diffusion(model, rng):
 
 def test_the_autoencoder_s_loss(model, rng):
     params, modules = model
-    m = method("autoencoder", gradient_weight=0.6, kl_weight=0.2)
+    m = method("autoencoder", gradient_weight=0.6, cell_weight=0.3, kl_weight=0.2)
     batch = {
         "rgb": rng.integers(0, 256, (3, *SIZE, 3)).astype(np.uint8),
         "index": jnp.array([5, 2, 9], jnp.int32),
@@ -237,14 +237,17 @@ def test_the_autoencoder_s_loss(model, rng):
         d = out - image(batch)
         l1 = d.abs().mean()
         edges = (d.diff(dim=2).abs().sum() + d.diff(dim=3).abs().sum()) / d.numel()
+        cells = F.avg_pool2d(d, 2).abs().mean()
         kl = posterior.kl().sum() / posterior.mean.numel()
     assert float(terms["l1"]) == pytest.approx(l1.item(), rel=2e-5)
     assert float(terms["gradient"]) == pytest.approx(edges.item(), rel=2e-5)
+    assert float(terms["cells"]) == pytest.approx(cells.item(), rel=2e-5)
     assert float(terms["kl"]) == pytest.approx(kl.item(), rel=2e-5)
     assert float(terms["latent_std"]) == pytest.approx(
         posterior.mean.std(correction=0).item(), rel=2e-5
     )
-    assert float(loss) == pytest.approx((l1 + 0.6 * edges + 0.2 * kl).item(), rel=2e-5)
+    total = l1 + 0.6 * edges + 0.3 * cells + 0.2 * kl
+    assert float(loss) == pytest.approx(total.item(), rel=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -18,17 +18,20 @@ from jaxpercept.methods.one_step import to_signed
 class Autoencoder:
     """A KL-regularised autoencoder (Rombach et al., arXiv 2112.10752), without the adversary.
 
-    The reconstruction loss is L1 plus the L1 of image gradients, which keeps edges without a
-    perceptual network or a discriminator.
+    The reconstruction loss is L1, plus the L1 of image gradients, which keeps edges without a
+    perceptual network or a discriminator, plus the L1 of each latent cell's mean colour, without
+    which a small network learns brightness first and colours much later.
 
     Attributes:
         model: only the VAE is used.
         gradient_weight: weight of the image-gradient term.
+        cell_weight: weight of the term on the cells' mean colours.
         kl_weight: weight of the KL divergence to a unit normal, per latent element.
     """
 
     model: LatentModel
     gradient_weight: float = 1.0
+    cell_weight: float = 1.0
     kl_weight: float = 1e-4
 
     needs_text = False
@@ -49,9 +52,12 @@ class Autoencoder:
         everywhere = jnp.ones_like(rgb[..., :1], bool)
         l1 = losses.l1(image, rgb, everywhere)
         gradient = losses.gradient(image, rgb, everywhere)
+        cells = jnp.mean(jnp.abs(_cell_means(image - rgb, self.model.downscale)))
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
-        total = l1 + self.gradient_weight * gradient + self.kl_weight * kl
-        terms = {"l1": l1, "gradient": gradient, "kl": kl, "latent_std": jnp.std(mean)}
+        total = l1 + self.gradient_weight * gradient + self.cell_weight * cells
+        total += self.kl_weight * kl
+        terms = {"l1": l1, "gradient": gradient, "cells": cells, "kl": kl}
+        terms["latent_std"] = jnp.std(mean)
         return total, terms
 
     def reconstruct(self, params: Params, rgb: Array) -> Float[Array, "b h w 3"]:
@@ -59,3 +65,8 @@ class Autoencoder:
         vae = self.model.vae.bind(params["vae"])
         mean, _ = jnp.split(vae.encode(to_signed(rgb)), 2, axis=-1)
         return jnp.clip(vae.decode(mean).astype(jnp.float32), -1, 1)
+
+
+def _cell_means(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b i j c"]:
+    b, h, w, c = x.shape
+    return x.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))

@@ -1,0 +1,191 @@
+"""One-step depth inference: jaxpercept against torch diffusers, with the same random weights.
+
+    python benchmarks/inference.py                      # SD 2.1 at 256 and 512 px, some minutes
+    python benchmarks/inference.py --size tiny --resolution 96
+    python benchmarks/inference.py --device gpu --dtype bfloat16 --resolution 768
+
+The VAE encodes the image, the UNet runs once with the empty prompt, the VAE decodes. Each part and
+the whole are timed in turns in one process; memory comes from one process per framework. Wants the
+extra `torch`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import FRAMEWORKS
+
+from jaxpercept.diffusion.timesteps import TimestepPolicy
+from jaxpercept.methods.latent_model import empty_prompt
+from jaxpercept.methods.one_step import OneStep, to_signed
+from jaxpercept.models.vae import decode_latents, encode_mean
+from jaxpercept.tasks.depth import DEPTH
+
+PARTS = ("encode", "unet", "decode", "whole")
+TIMESTEP = 1
+Inputs = dict[str, np.ndarray]
+"""What each part is given: `rgb` uint8 [b,H,W,3] and `latent` float32 [b,h,w,c]."""
+
+
+def make_inputs(args: Any, resolution: int) -> Inputs:
+    """A random image, and a random latent for the UNet and the decoder."""
+    rng = np.random.default_rng(2)
+    model = common.jax_model(args.size, args.dtype)
+    side = resolution // model.downscale
+    channels = model.vae.config.latent_channels
+    return {
+        "rgb": rng.integers(0, 256, (args.batch, resolution, resolution, 3)).astype(np.uint8),
+        "latent": rng.standard_normal((args.batch, side, side, channels), np.float32),
+    }
+
+
+def jax_parts(args: Any, params: Any, inputs: Inputs) -> dict[str, Callable[[], jax.Array]]:
+    """Each part as a call that waits for its result, compiled; `whole` is OneStep.predict."""
+    model = common.jax_model(args.size, args.dtype)
+    method = OneStep(model, DEPTH, TimestepPolicy(), inference_timestep=TIMESTEP)
+
+    def encode(params: Any, rgb: jax.Array) -> jax.Array:
+        return encode_mean(model.vae, params["vae"], to_signed(rgb))
+
+    def unet(params: Any, latent: jax.Array) -> jax.Array:
+        timesteps = jnp.full(latent.shape[:1], TIMESTEP)
+        context = empty_prompt(params, latent.shape[0])
+        return model.unet.bind(params["unet"])(latent, timesteps, context)
+
+    def decode(params: Any, latent: jax.Array) -> jax.Array:
+        return decode_latents(model.vae, params["vae"], latent)
+
+    def whole(params: Any, rgb: jax.Array) -> jax.Array:
+        return method.predict(params, rgb)[0]
+
+    def compiled(part: Callable, x: jax.Array) -> Callable[[], jax.Array]:
+        began = time.perf_counter()
+        program = jax.jit(part).lower(params, x).compile()
+        print(f"compiled {part.__name__} in {time.perf_counter() - began:.1f} s", flush=True)
+        return lambda: jax.block_until_ready(program(params, x))
+
+    rgb, latent = jax.device_put(inputs["rgb"]), jax.device_put(inputs["latent"])
+    return {
+        "encode": compiled(encode, rgb),
+        "unet": compiled(unet, latent),
+        "decode": compiled(decode, latent),
+        "whole": compiled(whole, rgb),
+    }
+
+
+def torch_parts(
+    args: Any, modules: dict[str, Any], inputs: Inputs, compile_modules: bool = False
+) -> dict[str, Callable[[], Any]]:
+    """The same with diffusers' modules."""
+    import torch
+
+    device, dtype = common.torch_device(args.device), getattr(torch, args.dtype)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    unet, vae = (m.to(device, dtype, memory_format=layout) for m in modules.values())
+    scale = vae.config.scaling_factor
+    encoder, decoder, forward = vae.encode, vae.decode, unet.forward
+    if compile_modules:
+        encoder, decoder, forward = map(torch.compile, (encoder, decoder, forward))
+
+    rgb = torch.from_numpy(inputs["rgb"]).to(device).permute(0, 3, 1, 2)
+    latent = torch.from_numpy(inputs["latent"]).to(device).permute(0, 3, 1, 2)
+    latent = latent.contiguous(memory_format=layout)
+    embedding = torch.from_numpy(common.prompt(common.jax_model(args.size, args.dtype)))
+    context = embedding.to(device, dtype).expand(args.batch, -1, -1)
+
+    def encode(x: Any = rgb) -> Any:
+        x = (x.float() / 127.5 - 1).to(dtype).contiguous(memory_format=layout)
+        return encoder(x).latent_dist.mode().float() * scale
+
+    def run_unet(x: Any = latent) -> Any:
+        return forward(x.to(dtype), TIMESTEP, context).sample
+
+    def decode(x: Any = latent) -> Any:
+        return decoder((x / scale).to(dtype)).sample.float()
+
+    def whole() -> Any:
+        return decode(-run_unet(encode()).float())  # with beta = 1, x0 is minus the output
+
+    def waiting(part: Callable) -> Callable[[], Any]:
+        def call() -> Any:
+            with torch.inference_mode():
+                y = part()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return y
+
+        return call
+
+    return {
+        name: waiting(f) for name, f in zip(PARTS, (encode, run_unet, decode, whole), strict=True)
+    }
+
+
+def measure_memory(args: Any) -> None:
+    """The child process: print the peak of each part as JSON."""
+    inputs = make_inputs(args, args.resolution[0])
+    if args.memory_of == "torch":
+        calls = torch_parts(args, common.torch_model(args.size), inputs)
+    else:
+        params = common.jax_weights(common.jax_model(args.size, args.dtype))
+        calls = jax_parts(args, common.put(params, args.dtype), inputs)
+    parts = PARTS if args.device == "cpu" else ("whole",)
+    peaks = {part: common.peak_memory(calls[part], args.memory_of, args.device) for part in parts}
+    print(json.dumps(peaks))
+
+
+def main() -> None:
+    p = common.parser(__doc__.split("\n\n")[0], ("sd21", "sd15", "tiny"))
+    p.set_defaults(resolution=[256, 512])
+    args = p.parse_args()
+    common.use_device(args.device)
+    if args.memory_of:
+        measure_memory(args)
+        return
+
+    memory = {}
+    if not args.no_memory:
+        for resolution in args.resolution:
+            memory[resolution] = {name: common.in_child(name, resolution) for name in FRAMEWORKS}
+
+    modules = common.torch_model(args.size)
+    model = common.jax_model(args.size, args.dtype)
+    params = common.put(common.jax_weights(model, modules), args.dtype)
+    results = {"machine": common.machine(args.device), "options": vars(args), "sizes": {}}
+    for resolution in args.resolution:
+        inputs = make_inputs(args, resolution)
+        calls = {
+            "jaxpercept": jax_parts(args, params, inputs),
+            "torch": torch_parts(args, modules, inputs),
+        }
+        if args.compile:
+            calls["torch.compile"] = torch_parts(args, modules, inputs, compile_modules=True)
+        rows, figures = [], {}
+        for part in PARTS:
+            ours, theirs = (common.to_numpy(calls[name][part]()) for name in FRAMEWORKS)
+            difference = float(np.abs(ours - theirs).max())
+            times = common.interleave({k: v[part] for k, v in calls.items()}, args.repeats)
+            row = common.times_row(part, times)
+            row["max abs difference"] = f"{difference:.1e} of {np.abs(theirs).max():.1f}"
+            rows.append(row)
+            figures[part] = {"seconds": times, "max_abs_difference": difference}
+        print(
+            f"\n{args.size}, {args.batch} x {resolution} px, {args.dtype}: least / median seconds"
+        )
+        common.print_table(rows)
+        if memory:
+            print("Memory at most (of it, added by the call)")
+            common.print_table(common.memory_rows(memory[resolution]))
+        results["sizes"][resolution] = {"parts": figures, "memory": memory.get(resolution)}
+    common.finish(results, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,10 +25,18 @@ from jaxpercept import cli
 from jaxpercept.inference.observers import evaluation_observer, picture_observer
 from jaxpercept.training.loop import Interrupted, Observer, train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, FILE[:PRESET].")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run lives; default: runs/FILE[-PRESET]. Continued if it exists."
+FLAGS = flags.FlagValues()
+config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/, FILE[:PRESET].", flag_values=FLAGS
 )
+flags.DEFINE_string(
+    "workdir",
+    None,
+    "Where the run lives; default: runs/FILE[-PRESET]. Continued if it exists.",
+    flag_values=FLAGS,
+)
+OWN_FLAGS = tuple(FLAGS)
+REQUIRED = ("config",)
 
 
 def default_workdir(config_file: str) -> Path:
@@ -43,10 +51,10 @@ def main() -> int:
     Returns:
         The exit status: 143, as for a process that SIGTERM ended, where SIGTERM came.
     """
-    config = _CONFIG.value
-    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    config = FLAGS.config
+    name = config_flags.get_config_filename(FLAGS["config"])
     cli.initialize_distributed()
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(name)
+    workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(name)
     logging.info("%d device(s): %s", jax.device_count(), jax.devices()[0].device_kind)
     observer: Callable[..., Observer] | None = picture_observer
     if config.method.name == "one_step":
@@ -63,4 +71,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config",))
+    cli.run(main, required=REQUIRED, flag_values=FLAGS)

@@ -11,12 +11,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from jaxpercept.data.pipeline import (
-    DEPTH_FIELDS,
-    TEXT_FIELDS,
-    make_eval_dataset,
-    make_train_dataset,
-)
+from jaxpercept.data.pipeline import DEPTH_FIELDS, TEXT_FIELDS, make_train_dataset
 from jaxpercept.data.transforms import Augment
 from jaxpercept.errors import UserError
 
@@ -257,54 +252,16 @@ def test_training_replaces_bad_records_and_names_them_once(folder, caplog):
 
 
 def test_a_dataset_of_bad_records_is_a_user_error(folder):
+    datasets = [make(folder, num_workers=num_workers) for num_workers in (0, 1)]
     for i in range(7):
         with open(f"{folder}/rgb/{i}.png", "wb"):
             pass
-    for num_workers in (0, 1):
-        with pytest.raises(UserError, match=r"None of 7 records .* nyuv2 .*rgb/\d\.png"):
-            take(make(folder, num_workers=num_workers), 1)
-
-
-def test_evaluation_refuses_bad_records(folder):
-    break_records(folder)
-    dataset = make_eval_dataset("nyuv2", data_dir=folder)
-    with pytest.raises(UserError, match=r"rgb/2\.png"):
-        list(dataset)
-    with pytest.raises(UserError, match=r"rgb/5\.png"):
-        list(make_eval_dataset("nyuv2", data_dir=folder)._share[5:])
-
-
-# ---- evaluation ----------------------------------------------------------------------------------
-
-
-def test_evaluation_sees_every_record_once_in_order(folder):
-    dataset = make_eval_dataset("nyuv2", data_dir=folder)
-    assert len(dataset) == 7
-    assert dataset.dataset.max_depth == 10
-    for repetition in range(2):
-        records = list(dataset)
-        assert [r["name"] for r in records] == [f"rgb/{i}.png" for i in range(7)], repetition
-    assert [r["index"] for r in records] == list(range(7))
-    assert not any(r["padding"] for r in records)
-    assert records[0]["rgb"].shape == (12, 16, 3)
-    assert [r["name"] for r in make_eval_dataset("nyuv2", data_dir=folder, limit=2)] == [
-        "rgb/0.png",
-        "rgb/1.png",
-    ]
-
-
-def test_evaluation_shares_have_equal_length(folder):
-    shares = [
-        list(
-            make_eval_dataset(
-                "nyuv2", data_dir=folder, process_index=i, process_count=3, num_workers=i // 2
-            )
-        )
-        for i in range(3)
-    ]
-    assert [len(share) for share in shares] == [3, 3, 3]
-    counted = [r["index"] for share in shares for r in share if not r["padding"]]
-    assert sorted(counted) == list(range(7))
+    message = r"None of 7 records .* nyuv2 .*rgb/\d\.png"
+    for dataset in datasets:
+        with pytest.raises(UserError, match=message):
+            take(dataset, 1)
+    with pytest.raises(UserError, match=message):
+        make(folder)
 
 
 # ---- wrong requests ------------------------------------------------------------------------------
@@ -332,8 +289,6 @@ def test_wrong_requests_are_named(folder, changes, message):
 def test_weights_must_be_positive(folder):
     with pytest.raises(UserError, match="weight of dataset nyuv2 must be positive"):
         make(folder, mixture=[("nyuv2", 0.0, {"data_dir": folder})])
-    with pytest.raises(UserError, match="limit must be positive"):
-        make_eval_dataset("nyuv2", data_dir=folder, limit=0)
 
 
 # ---- the real data, where this machine has it ----------------------------------------------------

@@ -52,7 +52,8 @@ def config(checkpoint: Path | str, **changes: Any) -> ConfigDict:
 
 def autoencoder_config(**changes: Any) -> ConfigDict:
     """A small autoencoder from scratch on procedural scenes: quicker to compile."""
-    c = config("", random_init=("vae",), trainable=("vae/",), task="", **changes)
+    scratch = {"random_init": ("vae",), "trainable": ("vae/",), "task": ""}
+    c = config("", **{**scratch, **changes})
     c.method = {"name": "autoencoder"}
     c.architecture = {"vae": AUTOENCODER}
     return c
@@ -128,12 +129,9 @@ def assert_bit_equal(left: Any, right: Any) -> None:
 def write_config(path: Path, c: ConfigDict) -> Path:
     """A config file of these values."""
     path.write_text(
-        "import json\n"
-        "from jaxpercept.config import base_config\n"
-        f"VALUES = json.loads({c.to_json()!r})\n"
+        "from ml_collections import ConfigDict\n"
         "def get_config():\n"
-        "    c = base_config()\n"
-        "    c.update(VALUES)\n"
+        f"    c = ConfigDict({c.to_dict()!r})\n"
         "    c.optimizer.decay_steps = c.get_ref('steps')\n"
         "    return c\n"
     )
@@ -149,12 +147,16 @@ def command(
 ) -> subprocess.Popen:
     """The train command in a process of its own, on two CPU devices unless `env` says otherwise.
 
-    Compiled programs are kept beside the config file: the same run compiles once.
+    Compiled programs are kept beside the config file: the same run compiles once. torch is hidden,
+    as for users without it: TensorBoard's writer would spend seconds importing it.
     """
+    hidden = config_file.parent / "hidden"
+    hidden.mkdir(exist_ok=True)
+    (hidden / "torch.py").write_text("raise ImportError('hidden')\n")
     settings = {
+        "PYTHONPATH": os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")]),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -166,3 +168,20 @@ def command(
         text=True,
         env={**os.environ, **settings, **env},
     )
+
+
+def train_door(preparation: str) -> tuple[str, ...]:
+    """The program that runs some lines of Python, then the train command."""
+    run = "cli.run(train.main, required=train.REQUIRED, flag_values=train.FLAGS)"
+    return "-c", f"{preparation}\nfrom jaxpercept import cli, train\n{run}\n"
+
+
+def finish(*processes: subprocess.Popen, timeout: float = 300) -> list[tuple[int, str]]:
+    """Exit status and stderr of each; none is left running, also where one never ends."""
+    try:
+        errors = [process.communicate(timeout=timeout)[1] for process in processes]
+        return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -21,17 +21,15 @@ import collections
 import logging
 import operator
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-from jaxpercept.data.datasets import DATASETS, Records, open_dataset
+from jaxpercept.data.datasets import DATASETS, open_dataset
 from jaxpercept.data.stages import (
     Collate,
     LoadExample,
-    LoadForEvaluation,
     Tokenize,
     mixed_stream,
     prefetched,
@@ -80,7 +78,8 @@ def make_train_dataset(
 
     Raises:
       UserError: an unknown dataset, option or field, missing files, a dataset that lacks what
-        `fields` ask for, or sizes that are not positive or do not divide.
+        `fields` ask for or starts with too many records that cannot be used, or sizes that are not
+        positive or do not divide.
     """
     resolution = _positive_pair(resolution)
     if not mixture:
@@ -108,6 +107,8 @@ def make_train_dataset(
             raise UserError(f"Dataset {name} is empty; leave it out or make it larger.")
     stream = mixed_stream([len(r) for r in records], [w for _, w, _ in mixture], seed)
     load = LoadExample(tuple(records), augment, resolution, seed, needs_depth="depth" in needs)
+    for number in range(len(records)):
+        load((0, number, 0))  # wrong files or a wrong depth_scale show before anything is built
     batches = (
         stream[process_index::process_count]
         .map(load)
@@ -201,77 +202,6 @@ class TrainIterator(grain.DatasetIterator):
         return f"TrainIterator(next_example={self.get_state()['next_example']})"
 
 
-def make_eval_dataset(
-    name: str,
-    *,
-    data_dir: str | Path | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    resolution: Sequence[int] = (480, 640),
-    process_index: int = 0,
-    process_count: int = 1,
-    num_workers: int = 0,
-    **options: Any,
-) -> "EvalDataset":
-    """Opens a dataset for evaluation: every record once, in order, at its own resolution.
-
-    Records are those of `datasets.Records` with `valid` restricted to the dataset's evaluation
-    crop, plus `index` (int, position in the dataset) and `padding` (bool). Process p of n gets the
-    records p, p + n, ...; so that all yield equally many, the last round is filled up with copies
-    of the last record that have `padding` set and must not be counted.
-
-    Args:
-      name: key of `datasets.DATASETS`.
-      data_dir: folder of the files.
-      split: None for the row's evaluation split.
-      limit: only so many records, from the start.
-      resolution: (height, width) of procedural scenes.
-      process_index, process_count: the share of this process.
-      num_workers: processes that decode; 0 decodes in a thread of this process.
-      options: see `open_dataset`.
-
-    Raises:
-      UserError: as `open_dataset`; while iterating, also for a damaged file or an empty mask.
-    """
-    records = open_dataset(
-        name,
-        split=split,
-        data_dir=data_dir,
-        resolution=_positive_pair(resolution),
-        evaluation=True,
-        **options,
-    )
-    if limit is not None and limit <= 0:
-        raise UserError(f"limit must be positive, got {limit}.")
-    total = len(records) if limit is None else min(limit, len(records))
-    padded = -(-total // process_count) * process_count
-    load = LoadForEvaluation(records, total)
-    share = grain.MapDataset.range(padded)[process_index::process_count].map(load)
-    return EvalDataset(share, records, num_workers=num_workers)
-
-
-class EvalDataset(grain.IterDataset):
-    """The records of this process, with a length; see `make_eval_dataset`.
-
-    Attributes:
-      dataset: the row of the table, overrides applied (valid range, crops, alignment).
-    """
-
-    def __init__(self, share: grain.MapDataset, records: Records, *, num_workers: int):
-        super().__init__()
-        self._share, self._num_workers = share, num_workers
-        self.dataset = records.dataset
-
-    def __len__(self) -> int:
-        return len(self._share)
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return iter(prefetched(self._share, self._num_workers, buffer_size=4))
-
-    def __str__(self) -> str:
-        return f"EvalDataset({self.dataset.name}, {len(self)} records)"
-
-
 # ---- checks --------------------------------------------------------------------------------------
 
 # What a dataset must provide for a field of the batch.
@@ -306,9 +236,7 @@ __all__ = [
     "DATASETS",
     "DEPTH_FIELDS",
     "TEXT_FIELDS",
-    "EvalDataset",
     "TrainDataset",
     "TrainIterator",
-    "make_eval_dataset",
     "make_train_dataset",
 ]

@@ -23,6 +23,9 @@ Tokenize = Callable[[Sequence[str]], Integer[np.ndarray, "n l"]]
 # So many unusable records in a row mean that the dataset, not a file, is at fault.
 _MAX_SKIPS = 100
 
+# Batches decoded ahead, by a thread or by each worker process.
+_BUFFER = 2
+
 # "Endless". Grain computes lengths in float64, which is exact up to 2**53 only.
 _STREAM_LENGTH = 2**48
 
@@ -113,35 +116,17 @@ class Collate:
         return batch
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadForEvaluation:
-    """Position -> record; positions beyond the last record repeat it as padding."""
-
-    records: Records
-    total: int
-
-    def __call__(self, position: int) -> Record:
-        index = min(position, self.total - 1)
-        return self.records[index] | {"index": index, "padding": position >= self.total}
-
-
-def prefetched(
-    data: grain.MapDataset, num_workers: int, *, buffer_size: int = 2
-) -> grain.IterDataset:
+def prefetched(data: grain.MapDataset, num_workers: int) -> grain.IterDataset:
     """Decodes ahead: in one thread of this process, or in `num_workers` processes."""
     if num_workers == 0:
-        return data.to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer_size)
-        )
+        return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BUFFER))
     # Worker processes start only where absl has parsed its flags, which notebooks and plain
     # scripts never do; the flags keep their defaults.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     # The queue to this process already decouples the two: no threads inside a worker.
     in_worker = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    options = grain.MultiprocessingOptions(
-        num_workers=num_workers, per_worker_buffer_size=buffer_size
-    )
+    options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_BUFFER)
     return in_worker.mp_prefetch(options, _end_with_parent).map(_own_memory)
 
 

@@ -242,6 +242,12 @@ def test_an_empty_dataset(refused, config, tmp_path):
     assert f"{tmp_path / 'empty/rgb'} holds no file" in refused(config)
 
 
+@pytest.mark.usefixtures("unread")
+def test_no_data_to_evaluate_on(refused, config):
+    config.evaluation.dataset = "nyuv2"
+    assert refused(config) == "Dataset nyuv2 needs a folder; set data_dir."
+
+
 @pytest.fixture
 def damaged(data, tmp_path):
     return Path(shutil.copytree(data, tmp_path / "damaged"))
@@ -264,6 +270,16 @@ def test_every_mask_is_empty(refused, config, damaged):
     config.data.options.folder.data_dir = str(damaged)
     sentence = refused(config)
     assert "None of 12 records" in sentence
+    assert "check depth_scale" in sentence
+
+
+@pytest.mark.usefixtures("unread")
+def test_one_empty_mask_in_the_images_to_evaluate_on(refused, config, damaged):
+    config.evaluation.dataset = "folder"
+    Image.fromarray(np.zeros(tiny_run.SIZE, np.uint16)).save(damaged / "depth" / "07.png")
+    config.data.options.folder.data_dir = str(damaged)
+    sentence = refused(config)
+    assert sentence.startswith("No depth of 07 lies between")
     assert "check depth_scale" in sentence
 
 

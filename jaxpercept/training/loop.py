@@ -72,6 +72,8 @@ def train(
         start = checkpoints.latest_step()
         if start is not None:
             refuse_other_run(workdir, setup.description)
+        # Before weights are read: it looks at the images to evaluate on.
+        observe = observer(setup, mesh) if observer is not None else None
         optimizer, schedule = make_optimizer(config.optimizer)
         trained, frozen = _weights(config, setup, workdir, checkpoints, start)
         write_description(workdir, setup.description)
@@ -87,7 +89,6 @@ def train(
             accumulate=config.accumulate,
             ema_decay=config.ema_decay,
         )
-        observe = observer(setup, mesh) if observer is not None else None
         writer = MetricWriter(workdir, start or 0)
         try:
             loop = _Loop(config, mesh, step_fn, iterator, checkpoints, writer, observe)

@@ -127,10 +127,12 @@ def put_batch(
     else:
         sharding = NamedSharding(mesh, P(None, *BATCH))
         batch = {k: x.reshape(accumulate, -1, *x.shape[1:]) for k, x in batch.items()}
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    # With several processes JAX takes this for an implicit transfer, which the loop forbids.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {
+            name: jax.make_array_from_process_local_data(sharding, array)
+            for name, array in batch.items()
+        }
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -2,11 +2,12 @@
 
     python -m jaxpercept.train --config=configs/depth.py
 
-trains the built-in checkpoint `sd-tiny` on procedural scenes, offline, on two CPU cores, and
-evaluates it on held-out ones. Presets, after a colon:
+trains the built-in checkpoint `sd-tiny` on procedural scenes, offline, and evaluates it on held-out
+ones: on two CPU cores 5 minutes, AbsRel 0.084 (best constant: 0.348). Presets, after a colon:
 
-`depth.py:scenes`   the same for longer, with stronger augmentation, to be used on real images.
-`depth.py:nyuv2`    real images: `--config.data_dir=DIR` of NYUv2 with train.txt and test.txt.
+`depth.py:scenes`   furnished rooms, for longer, stronger augmentation: to be used on real images.
+`depth.py:nyuv2`    real images and furnished rooms: `--config.data_dir=DIR` of NYUv2 with train.txt
+                    and test.txt.
 `depth.py:sd21`     the paper's recipe on Stable Diffusion 2.1; needs an accelerator, Hypersim and
                     Virtual KITTI 2 (`--config.data.options.hypersim.data_dir=DIR`, likewise
                     `vkitti`) and `--config.checkpoint=DIR_OR_HUB_ID`.
@@ -36,9 +37,11 @@ def get_config(preset: str = "") -> ConfigDict:
 def _tiny(config: ConfigDict) -> ConfigDict:
     config.checkpoint = "sd-tiny"
     config.resolution = (96, 128)
-    config.steps = 240
+    config.steps = 420
     config.batch_size = 16
-    config.optimizer.learning_rate = 1e-3
+    config.method.timesteps = "fixed:999"
+    config.method.inference_timestep = 999
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.final_ratio = 0.05
     config.optimizer.warmup_steps = 20
@@ -61,14 +64,16 @@ def _augmented(config: ConfigDict) -> ConfigDict:
 
 def _scenes(config: ConfigDict) -> ConfigDict:
     config = _augmented(_tiny(config))
-    config.steps = 1500
+    config.data.mixture = {"furnished": 1.0}
+    config.evaluation.dataset = "furnished"
+    config.steps = 1800
     return config
 
 
 def _nyuv2(config: ConfigDict) -> ConfigDict:
     config = _augmented(_tiny(config))
-    config.steps = 1500
-    config.data.mixture = {"nyuv2": 1.0}
+    config.steps = 1800
+    config.data.mixture = {"nyuv2": 0.5, "furnished": 0.5}
     config.evaluation.dataset = "nyuv2"
     config.evaluation.limit = 0
     return config

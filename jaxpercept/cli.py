@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging as python_logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,15 @@ def run(
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> NoReturn:
     """Run a command and exit: `call` with this process's arguments."""
-    sys.exit(call(main, sys.argv, required=required, flag_values=flag_values))
+    status = call(main, sys.argv, required=required, flag_values=flag_values)
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    if status and not all(thread.daemon for thread in others):
+        # A save that failed leaves a thread of Orbax behind, which waits for minutes for a signal
+        # that never comes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def call(

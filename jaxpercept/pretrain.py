@@ -65,7 +65,8 @@ def pretrain(
     """
     tokenizer, before, scaling_factor = workdir / "tokenizer", "", 1.0
     if not (tokenizer / "vocab.json").exists():
-        _train_tokenizer(tokenizer, get_config(stages[-1]).data.mixture, data_dir)
+        datasets = {name for stage in stages for name in get_config(stage).data.mixture}
+        _train_tokenizer(tokenizer, sorted(datasets), data_dir)
     for stage in stages:
         config = get_config(stage)
         config.update({**(overrides or {}), "data_dir": data_dir, "checkpoint": before})

@@ -271,6 +271,51 @@ def test_photometric_follows_its_formulas(rng):
     np.testing.assert_allclose(apply(gamma=0.5), expected, atol=0.52)
 
 
+def test_haze_fades_with_depth_into_one_colour(rng):
+    seed = int(rng.integers(2**31))
+    depth = rng.uniform(1, 9, (6, 8, 1)).astype(np.float32)
+    valid = rng.random((6, 8, 1)) < 0.8
+    middle = np.median(depth[valid])
+    black, white = (np.full((6, 8, 3), level, np.uint8) for level in (0, 255))
+    fog = [
+        transforms.haze(
+            {"rgb": rgb, "depth": depth, "valid": valid}, np.random.default_rng(seed), 2.0
+        ).astype(float)
+        for rgb in (black, white)
+    ]
+    # White less black is 255 times what comes through: exp(-k d), d = 1 where depth is unknown.
+    through = (fog[1] - fog[0]) / 255
+    distance = np.where(valid, depth / middle, 1)
+    thickness = -np.log(np.maximum(through, 1e-9)) / distance
+    clear = through > 0.1
+    if clear.any():
+        k = np.median(thickness[clear])
+        assert 0 <= k <= 2.05
+        np.testing.assert_allclose(through, np.exp(-k * distance) + 0 * through, atol=0.01)
+    air = fog[0] / np.maximum(1 - through, 0.02)
+    dense = np.broadcast_to(through < 0.5, air.shape).all(-1)
+    if dense.any():
+        assert np.ptp(air[dense], axis=0).max() < 4
+
+
+def test_half_of_the_images_with_depth_stay_clear(rng):
+    record = {
+        "rgb": rng.integers(0, 256, (8, 8, 3)).astype(np.uint8),
+        "depth": rng.uniform(1, 9, (8, 8, 1)).astype(np.float32),
+        "valid": np.ones((8, 8, 1), bool),
+    }
+    augment = dataclasses.replace(NO_AUGMENT, haze=5.0)
+    seeds = rng.integers(2**31, size=200).tolist()
+    hazy = [prepare(record, np.random.default_rng(seed), augment, (8, 8)) for seed in seeds]
+    changed = [(out["rgb"] != record["rgb"]).any() for out in hazy]
+    assert 60 < sum(changed) < 140
+    assert all((out["depth"] == record["depth"]).all() for out in hazy)
+    only_rgb = {"rgb": record["rgb"]}
+    for seed in seeds[:20]:
+        out = prepare(only_rgb, np.random.default_rng(seed), augment, (8, 8))
+        np.testing.assert_array_equal(out["rgb"], record["rgb"])
+
+
 def test_hue_turns_grey_into_itself(rng):
     grey = np.repeat(rng.integers(0, 256, (6, 6, 1)), 3, -1).astype(np.uint8)
     np.testing.assert_array_equal(transforms.photometric(grey, rng, Augment(hue=0.5)), grey)

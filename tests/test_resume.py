@@ -88,6 +88,21 @@ def test_a_run_killed_in_a_save_and_run_again_gives_the_same_weights(tmp_path):
     assert_same_run(workdir, whole, steps=12)
 
 
+def test_a_save_that_fails_ends_the_run_with_a_sentence_and_loses_nothing(tmp_path):
+    config, workdir = write_config(tmp_path, steps=12), tmp_path / "run"
+    program = tiny_run.train_door(
+        IN_A_SAVE.format(failure="raise OSError(28, 'No space left on device')")
+    )
+    # Threads of Orbax that wait for the save would keep the process for many minutes.
+    process = tiny_run.command(config, workdir, program=program)
+    ((status, error),) = tiny_run.finish(process, timeout=120)
+    assert status == 1, error
+    (sentence,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert "a checkpoint could not be written" in sentence
+    assert "No space left on device" in sentence
+    assert latest_step(workdir) == 4
+
+
 def wait_for(condition, process):
     """Until something is true of a run in progress."""
     deadline = time.monotonic() + 300

@@ -373,19 +373,6 @@ def test_sigterm_saves_and_stops(quick, tmp_path, monkeypatch):
     assert [line["step"] for line in tiny_run.metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_save_that_fails_is_reported_at_once(quick, tmp_path, monkeypatch):
-    def lose_the_disk():
-        while latest_step(tmp_path) is None:
-            time.sleep(0.01)
-        shutil.move(tmp_path / "checkpoints", tmp_path / "gone")
-        (tmp_path / "checkpoints").write_text("no folder any more")
-
-    FakeStep(monkeypatch, {4: lose_the_disk})
-    with pytest.raises(UserError, match=r"a checkpoint could not be written to .*checkpoints"):
-        on_one_device(quick, tmp_path)
-    assert (tmp_path / "gone" / "2").is_dir()
-
-
 def test_an_unreadable_image_is_named_once_and_counted(quick, data, tmp_path, monkeypatch, caplog):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "rgb" / "05.png").write_bytes(b"not an image")

@@ -49,6 +49,8 @@ class Augment:
       gamma: exponents are drawn log-uniformly from [1/(1+gamma), 1+gamma].
       blur: largest standard deviation of a Gaussian blur, in pixels of the target resolution.
       noise: largest standard deviation of pixel noise, in 8-bit levels.
+      haze: largest optical thickness of fog at the median depth; half of the images with depth stay
+        clear.
       rgb_resize: "antialias" (area-weighted linear filter) or "nearest" (what GenPercept and
         Marigold do in training, for exact comparisons).
     """
@@ -66,6 +68,7 @@ class Augment:
     gamma: float = 0.0
     blur: float = 0.0
     noise: float = 0.0
+    haze: float = 0.0
     rgb_resize: str = "antialias"
 
     def __post_init__(self):
@@ -83,6 +86,7 @@ class Augment:
             ("gamma", self.gamma >= 0, "at least 0"),
             ("blur", self.blur >= 0, "at least 0"),
             ("noise", self.noise >= 0, "at least 0"),
+            ("haze", self.haze >= 0, "at least 0"),
             ("rgb_resize", self.rgb_resize in ("antialias", "nearest"), "'antialias' or 'nearest'"),
         ):
             if not ok:
@@ -125,7 +129,7 @@ def prepare(
     height, width = resolution
     # Every number is drawn whether it is used or not, so that changing one strength leaves the
     # other augmentations of the same example as they were.
-    geometry, photometry = rng.spawn(2)
+    geometry, photometry, weather = rng.spawn(3)
     if geometry.random() < augment.flip:
         record = flip_horizontal(record)
     angle = geometry.uniform(-augment.rotation, augment.rotation)
@@ -135,6 +139,8 @@ def prepare(
     if "depth" in record:
         record = record | {"depth_range": depth_range(record["depth"], record["valid"])}
     record = resize(record, (height, width), rgb_resize=augment.rgb_resize)
+    if augment.haze and "depth" in record and weather.random() < 0.5:
+        record = record | {"rgb": haze(record, weather, augment.haze)}
     if photometry.random() < augment.photometric:
         record = record | {"rgb": photometric(record["rgb"], photometry, augment)}
     return record
@@ -329,6 +335,22 @@ def photometric(
         level = np.float32(augment.noise * rng.random())
         pixels += level * rng.standard_normal(pixels.shape, np.float32)
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8).reshape(image.shape)
+
+
+def haze(record: Record, rng: np.random.Generator, thickest: float) -> UInt8[np.ndarray, "h w 3"]:
+    """The image in fog: colours fade exponentially with depth into the colour of the air.
+
+    I = J exp(-k d) + A (1 - exp(-k d)), Koschmieder's law, with k times the median valid depth
+    uniform in [0, `thickest`] and A a random grey, a little tinted. Pixels without depth are taken
+    to be at the median.
+    """
+    depth, valid = record["depth"], record["valid"]
+    middle = float(np.median(depth[valid])) if valid.any() else 1.0
+    distance = np.where(valid, depth / np.float32(middle), np.float32(1))
+    clear = np.exp(np.float32(-thickest * rng.random()) * distance)
+    air = rng.uniform(20, 255) * (1 + rng.uniform(-0.08, 0.08, 3))
+    image = record["rgb"] * clear + np.clip(air, 0, 255).astype(np.float32) * (1 - clear)
+    return np.rint(image).astype(np.uint8)
 
 
 def _colour_matrix(saturation: float, hue: float) -> Float32[np.ndarray, "3 3"]:

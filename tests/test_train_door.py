@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_doors import restore_logging  # noqa: F401
 from tiny_model import quick_compile  # noqa: F401
+from tiny_run import base_of_module, data_of_module  # noqa: F401
 
 from jaxpercept import cli, train
 from jaxpercept.checkpoints import load
@@ -30,16 +31,6 @@ pytestmark = [
     # How ml_collections reads a config file.
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_run.base(tmp_path_factory.mktemp("base") / "export")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny_run.dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

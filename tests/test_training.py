@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_run
 from tiny_model import quick_compile  # noqa: F401
+from tiny_run import base_of_module, data_of_module  # noqa: F401
 
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.load import latest_step, load_model, merge_params
@@ -27,16 +28,6 @@ from jaxpercept.training.metric_writer import MetricWriter
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_run.base(tmp_path_factory.mktemp("base") / "export")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny_run.dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import tiny_model
 from ml_collections import ConfigDict
 from PIL import Image
@@ -185,3 +186,13 @@ def finish(*processes: subprocess.Popen, timeout: float = 300) -> list[tuple[int
         for process in processes:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module", name="base")
+def base_of_module(tmp_path_factory):
+    return base(tmp_path_factory.mktemp("base") / "export")
+
+
+@pytest.fixture(scope="module", name="data")
+def data_of_module(tmp_path_factory):
+    return dataset(tmp_path_factory.mktemp("data"))

@@ -280,7 +280,7 @@ def test_haze_fades_with_depth_into_one_colour(rng):
     fog = [
         transforms.haze(
             {"rgb": rgb, "depth": depth, "valid": valid}, np.random.default_rng(seed), 2.0
-        ).astype(float)
+        )["rgb"].astype(float)
         for rgb in (black, white)
     ]
     # White less black is 255 times what comes through; depth is 1 (the median) where unknown.
@@ -292,6 +292,28 @@ def test_haze_fades_with_depth_into_one_colour(rng):
     if dense.any():
         air = fog[0][dense] / (1 - expected[dense])
         assert np.ptp(air, axis=0).max() < 3
+
+
+def test_the_caption_tells_of_the_fog(rng):
+    record = {
+        "rgb": np.zeros((1, 1, 3), np.uint8),
+        "depth": np.ones((1, 1, 1), np.float32),
+        "valid": np.ones((1, 1, 1), bool),
+        "caption": "a room",
+    }
+    seen = set()
+    for _ in range(100):
+        hazy = transforms.haze(record, rng, 60.0)
+        thickness, grey, rest = hazy["caption"].split(" ", 2)
+        assert rest == "fog: a room"
+        seen.add((thickness, grey))
+        # So thick that the image is the air, up to its tint of 8 %.
+        level = hazy["rgb"].mean() / 1.08, hazy["rgb"].mean() / 0.92
+        if thickness == "thick":
+            quarter = ("black", "dark", "grey", "white").index(grey)
+            assert level[0] < 64 * (quarter + 1)
+            assert level[1] >= 64 * quarter - 1
+    assert len(seen) == 8
 
 
 def test_half_of_the_images_with_depth_stay_clear(rng):
@@ -306,10 +328,12 @@ def test_half_of_the_images_with_depth_stay_clear(rng):
     changed = [(out["rgb"] != record["rgb"]).any() for out in hazy]
     assert 60 < sum(changed) < 140
     assert all((out["depth"] == record["depth"]).all() for out in hazy)
+    assert all((out["source"] == record["rgb"]).all() for out in hazy)
     only_rgb = {"rgb": record["rgb"]}
     for seed in seeds[:20]:
         out = prepare(only_rgb, np.random.default_rng(seed), augment, (8, 8))
         np.testing.assert_array_equal(out["rgb"], record["rgb"])
+        np.testing.assert_array_equal(out["source"], record["rgb"])
 
 
 def test_hue_turns_grey_into_itself(rng):

@@ -204,7 +204,7 @@ def test_the_denoising_loss_is_that_of_latent_diffusion(model, rng):
     loss, terms = jax.jit(m.loss)(params, batch, key)
     assert float(terms["mse"]) == float(loss)
 
-    key_t, key_noise, key_drop = jax.random.split(key, 3)
+    key_t, key_noise, key_drop, _ = jax.random.split(key, 4)
     shape = (SIZE[0] // 2, SIZE[1] // 2, 4)
     noise = per_example(key_noise, batch["index"], lambda k: jax.random.normal(k, shape))
     dropped = np.asarray(per_example(key_drop, batch["index"], jax.random.uniform)) < 0.5
@@ -218,6 +218,37 @@ def test_the_denoising_loss_is_that_of_latent_diffusion(model, rng):
         output = modules["unet"](theirs.add_noise(z, noise, t), t, text).sample
         target = noise if prediction_type == "epsilon" else theirs.get_velocity(z, noise, t)
     assert float(loss) == pytest.approx(F.mse_loss(output, target).item(), rel=5e-5)
+
+
+def test_an_edit_is_one_step_from_the_source(model, rng):
+    params, modules = model
+    m = method("text_to_image", empty_ids=[38, 39, 39, 39], caption_dropout=0.0, edit_share=1.0)
+    assert "source" in m.fields
+    assert "source" not in method("text_to_image").fields
+    batch = {
+        "rgb": rng.integers(0, 256, (4, *SIZE, 3)).astype(np.uint8),
+        "source": rng.integers(0, 256, (4, *SIZE, 3)).astype(np.uint8),
+        "input_ids": rng.integers(0, 38, (4, 4)).astype(np.int32),
+        "index": jnp.asarray(rng.permutation(4), jnp.int32),
+    }
+    key = jax.random.key(int(rng.integers(1000)))
+    loss, _ = jax.jit(m.loss)(params, batch, key)
+    edited = jax.jit(m.edit)(params, batch["source"], batch["input_ids"])
+    with torch.no_grad():
+        z = latent(modules, image(batch))
+        source = latent(modules, image({"rgb": batch["source"]}))
+        text = modules["text_encoder"](torch.tensor(batch["input_ids"])).last_hidden_state
+        output = modules["unet"](source, torch.full((4,), 999), text).sample
+        decoded = modules["vae"].decode(-output / SCALE).sample.clip(-1, 1)
+    assert float(loss) == pytest.approx(F.mse_loss(output, -z).item(), rel=5e-5)
+    np.testing.assert_allclose(edited, decoded.permute(0, 2, 3, 1), rtol=0, atol=1e-4)
+
+    # What is as clear as its source is denoised like any other example.
+    clear = batch | {"source": batch["rgb"]}
+    plain = method("text_to_image", empty_ids=[38, 39, 39, 39], caption_dropout=0.0)
+    assert float(jax.jit(m.loss)(params, clear, key)[0]) == pytest.approx(
+        float(jax.jit(plain.loss)(params, clear, key)[0]), rel=1e-6
+    )
 
 
 def test_the_autoencoder_s_loss(model, rng):
@@ -261,6 +292,7 @@ def test_the_autoencoder_s_loss(model, rng):
         ("one_step", {"pixel_weights": {"mae": 1.0}}, "'mae'"),
         ("one_step", {"latent_weight": 0.0}, "no loss"),
         ("text_to_image", {"caption_dropout": 1.5}, "caption_dropout is 1.5"),
+        ("text_to_image", {"edit_share": -0.5}, "edit_share is -0.5"),
         ("autoencoder", {"latent_weight": 1.0}, "'latent_weight'"),
     ],
 )

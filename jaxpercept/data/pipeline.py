@@ -207,6 +207,7 @@ class TrainIterator(grain.DatasetIterator):
 # What a dataset must provide for a field of the batch.
 _NEEDS = {
     "rgb": None,
+    "source": None,
     "index": None,
     "depth": "depth",
     "valid": "depth",

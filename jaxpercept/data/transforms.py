@@ -2,9 +2,9 @@
 
 Geometry is shared by the image and every raster of the target; photometric changes touch the image
 only. The order of `prepare` is: flip, rotation, crop (at native resolution) -> quantiles of the
-depth that remains -> resize -> photometric. The quantiles are therefore those that the papers
-normalise with (native resolution, after geometry), and the colour work, which is costly, is done
-on few pixels.
+depth that remains -> resize -> photometric -> haze. The quantiles are therefore those that the
+papers normalise with (native resolution, after geometry), and the colour work, which is costly, is
+done on few pixels.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ Record = dict[str, Any]
 
 # Entries of a record that are images, i.e. follow the geometry.
 RASTERS = ("rgb", "depth", "valid", "mask", "normals", "instance", "classes")
+
+_GREYS = ("black", "dark", "grey", "white")  # of the air, a quarter of the range each
 
 _SWAP_SIDES = {"left": "right", "right": "left"}
 
@@ -49,8 +51,8 @@ class Augment:
       gamma: exponents are drawn log-uniformly from [1/(1+gamma), 1+gamma].
       blur: largest standard deviation of a Gaussian blur, in pixels of the target resolution.
       noise: largest standard deviation of pixel noise, in 8-bit levels.
-      haze: largest optical thickness of fog at the median depth; half of the images with depth stay
-        clear.
+      haze: largest optical thickness of fog at the median depth. Half of the images with depth stay
+        clear; the caption of the others tells of the fog.
       rgb_resize: "antialias" (area-weighted linear filter) or "nearest" (what GenPercept and
         Marigold do in training, for exact comparisons).
     """
@@ -124,7 +126,8 @@ def prepare(
 
     Returns the record with all rasters at `resolution` and, where it has depth, `depth_range`
     float32 [2]: the 2 % and 98 % quantiles of the valid depth in metres. `valid` may have become
-    empty; the caller decides what to do then.
+    empty; the caller decides what to do then. `source` uint8 [h, w, 3] is the image before haze,
+    the image itself where there is none.
     """
     height, width = resolution
     # Every number is drawn whether it is used or not, so that changing one strength leaves the
@@ -139,10 +142,11 @@ def prepare(
     if "depth" in record:
         record = record | {"depth_range": depth_range(record["depth"], record["valid"])}
     record = resize(record, (height, width), rgb_resize=augment.rgb_resize)
-    if augment.haze and "depth" in record and weather.random() < 0.5:
-        record = record | {"rgb": haze(record, weather, augment.haze)}
     if photometry.random() < augment.photometric:
         record = record | {"rgb": photometric(record["rgb"], photometry, augment)}
+    record = record | {"source": record["rgb"]}
+    if augment.haze and "depth" in record and weather.random() < 0.5:
+        record = haze(record, weather, augment.haze)
     return record
 
 
@@ -337,20 +341,24 @@ def photometric(
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8).reshape(image.shape)
 
 
-def haze(record: Record, rng: np.random.Generator, thickest: float) -> UInt8[np.ndarray, "h w 3"]:
+def haze(record: Record, rng: np.random.Generator, thickest: float) -> Record:
     """The image in fog: colours fade exponentially with depth into the colour of the air.
 
     I = J exp(-k d) + A (1 - exp(-k d)), Koschmieder's law, with k times the median valid depth
     uniform in [0, `thickest`] and A a random grey, a little tinted. Pixels without depth are taken
-    to be at the median.
+    to be at the median. A caption then begins with the fog: "thick white fog: a room with ...".
     """
     depth, valid = record["depth"], record["valid"]
     middle = float(np.median(depth[valid])) if valid.any() else 1.0
     distance = np.where(valid, depth / np.float32(middle), np.float32(1))
-    clear = np.exp(np.float32(-thickest * rng.random()) * distance)
-    air = rng.uniform(20, 255) * (1 + rng.uniform(-0.08, 0.08, 3))
-    image = record["rgb"] * clear + np.clip(air, 0, 255).astype(np.float32) * (1 - clear)
-    return np.rint(image).astype(np.uint8)
+    thickness, grey = rng.random(), rng.uniform(20, 255)
+    clear = np.exp(np.float32(-thickest * thickness) * distance)
+    air = np.clip(grey * (1 + rng.uniform(-0.08, 0.08, 3)), 0, 255).astype(np.float32)
+    hazy = record | {"rgb": np.rint(record["rgb"] * clear + air * (1 - clear)).astype(np.uint8)}
+    if "caption" in record:
+        words = "thin" if thickness < 0.5 else "thick", _GREYS[int(grey / 256 * len(_GREYS))]
+        hazy["caption"] = f"{' '.join(words)} fog: {record['caption']}"
+    return hazy
 
 
 def _colour_matrix(saturation: float, hue: float) -> Float32[np.ndarray, "3 3"]:

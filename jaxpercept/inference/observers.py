@@ -64,7 +64,8 @@ def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
 def picture_observer(setup: Setup, mesh: Mesh) -> Observer:
     """Pictures of a generative method: reconstructions of an autoencoder, samples of a diffuser.
 
-    Both use held-out examples of the datasets trained on, and their captions.
+    Both use held-out examples of the datasets trained on, and their captions; a diffuser that edits
+    also draws the examples in fog.
     """
     method, config = setup.method, setup.description.config
     records = [
@@ -81,12 +82,20 @@ def picture_observer(setup: Setup, mesh: Mesh) -> Observer:
             return _grid(np.concatenate([rgb, _to_uint8(reconstruct(weights, jnp.asarray(rgb)))]))
 
     elif isinstance(method, TextToImage):
-        ids = jnp.asarray(setup.tokenize([record["caption"] for record in records]))
+        captions = [record["caption"] for record in records]
+        ids, fog = (
+            jnp.asarray(setup.tokenize([prefix + caption for caption in captions]))
+            for prefix in ("", "thick white fog: ")
+        )
         size = tuple(side // method.model.downscale for side in rgb.shape[1:3])
         sample = jax.jit(functools.partial(method.sample, latent_size=size))
+        edit = jax.jit(method.edit)
 
         def draw(weights: Params) -> UInt8[np.ndarray, "h w 3"]:
-            return _grid(_to_uint8(sample(weights, ids, jax.random.key(0))))
+            rows = [_to_uint8(sample(weights, ids, jax.random.key(0)))]
+            if method.edit_share:
+                rows.append(_to_uint8(edit(weights, jnp.asarray(rgb), fog)))
+            return _grid(np.concatenate(rows))
 
     else:
         raise TypeError(f"{type(method).__name__} predicts: its pictures come from evaluation")

@@ -21,6 +21,7 @@ DType = jnp.dtype | type | str
 
 # Zero padding of one spatial axis: (before, after).
 Pad = tuple[int, int]
+Pads = tuple[Pad, Pad]
 
 
 def conv2d(
@@ -28,7 +29,7 @@ def conv2d(
     kernel: Float[Array, "kh kw i o"],
     *,
     stride: int = 1,
-    padding: tuple[Pad, Pad] = ((0, 0), (0, 0)),
+    padding: Pads = ((0, 0), (0, 0)),
 ) -> Float[Array, "b ho wo o"]:
     """2D cross-correlation, NHWC x HWIO -> NHWC. Every convolution of the package ends here.
 
@@ -40,13 +41,41 @@ def conv2d(
     if jax.default_backend() == "cpu" and few_pixels and stride == 1:
         # XLA's CPU convolution rearranges the kernel at each call, here most of the work.
         return _patches(x, kernel.shape[:2], padding) @ kernel.reshape(-1, kernel.shape[-1])
+    return _convolution(x, kernel, stride, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolution(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int, padding: Pads
+) -> Float[Array, "b ho wo o"]:
+    """XLA's convolution, with a gradient that flips its kernel late.
+
+    The input's gradient is a convolution with the flipped kernel. XLA for CPUs would flip the
+    kernels of a whole network at the start, since nothing keeps it from it, and hold them all.
+    """
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
+def _convolution_forward(x, kernel, stride, padding):
+    return _convolution(x, kernel, stride, padding), (x, kernel)
+
+
+def _convolution_backward(stride, padding, residuals, d_y):
+    x, kernel = residuals
+    if jax.default_backend() == "cpu":
+        # What is made of the kernel waits for d_y; XLA drops optimization barriers too early here.
+        kernel = kernel + 0 * d_y[0, 0, 0, 0]
+    convolve = functools.partial(_convolution.fun, stride=stride, padding=padding)
+    return jax.vjp(convolve, x, kernel)[1](d_y)
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
 def _patches(
-    x: Float[Array, "b h w i"], window: tuple[int, int], padding: tuple[Pad, Pad]
+    x: Float[Array, "b h w i"], window: tuple[int, int], padding: Pads
 ) -> Float[Array, "b ho wo k"]:
     """Every window of the padded image as one vector, in the order of a kernel's rows."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -98,7 +127,7 @@ class Conv2d(nnx.Module):
         kernel_size: int = 3,
         *,
         stride: int = 1,
-        padding: int | tuple[Pad, Pad] = 1,
+        padding: int | Pads = 1,
         bias: bool = True,
         dtype: DType = jnp.float32,
     ):

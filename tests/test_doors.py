@@ -318,3 +318,20 @@ def test_evaluate_refuses_what_cannot_work(checkpoint, dataset, tmp_path, rng, c
 def test_default_output(tmp_path):
     assert evaluate.default_output(str(tmp_path), "nyuv2") == tmp_path / "evaluation/nyuv2"
     assert evaluate.default_output("user/model", "nyuv2") == Path("evaluation/nyuv2")
+
+
+def test_torch_stays_out_where_it_is_installed(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from jaxpercept import evaluate, predict, pretrain, train
+from jaxpercept.checkpoints.load import load_model
+from jaxpercept.training.metric_writer import MetricWriter
+writer = MetricWriter(Path({str(tmp_path)!r}))
+writer.scalars(1, {{"loss": 1.0}})
+writer.close()
+load_model("sd-tiny")
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

@@ -177,7 +177,7 @@ def test_nan_weights_of_an_export(refused, config, base, tmp_path):
     params["unet"]["conv_out.bias"][0] = np.inf
     save_params(tmp_path / "export" / "weights", params)
     sentence = refused(config)
-    assert sentence.startswith(config.checkpoint)
+    assert config.checkpoint in sentence
     assert "unet/conv_out.bias" in sentence
 
 

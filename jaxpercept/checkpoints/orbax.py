@@ -44,20 +44,28 @@ def load_params(folder: Path) -> Params:
     """Read weights, written by `save_params` or by a training run, as NumPy arrays.
 
     Raises:
-        UserError: the folder is no complete Orbax checkpoint.
+        UserError: the folder is no complete Orbax checkpoint, or a weight is not finite.
     """
     shapes = load_shapes(folder)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     with _complaint(folder):
         # The handler, not a Checkpointer: `params` is one item of a run's checkpoint, and only
         # the whole checkpoint has the metadata file a Checkpointer looks for.
-        return array_handler().restore(
+        params = array_handler().restore(
             folder.resolve(), args=ocp.args.PyTreeRestore(restore_args=as_numpy)
         )
+    for component, weights in params.items():
+        for path, array in weights.items():
+            if not np.isfinite(array).all():
+                raise UserError(
+                    f"{folder} holds NaN or infinite values in {component}/{path}: copy it again, "
+                    "or use another checkpoint."
+                )
+    return params
 
 
-def load_shapes(folder: Path) -> Params:
-    """Shapes and dtypes of the weights in a folder, as a tree of `jax.ShapeDtypeStruct`.
+def load_shapes(folder: Path) -> dict[str, Any]:
+    """Shapes and dtypes of the arrays in a folder, as a tree of `jax.ShapeDtypeStruct`.
 
     Raises:
         UserError: the folder is no complete Orbax checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,11 @@ class MetricWriter:
     def __init__(self, workdir: Path, start: int = 0):
         self._active = jax.process_index() == 0
         if self._active:
-            from tensorboardX import SummaryWriter  # imported here: it takes a second
-
             self._workdir, self._pictures = workdir, workdir / "pictures"
             self._pictures.mkdir(parents=True, exist_ok=True)
             _forget_after(workdir / "metrics.jsonl", start)
             self._lines = (workdir / "metrics.jsonl").open("a", buffering=1)
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._board = _summary_writer()(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One JSON line, and one TensorBoard point a value. Values that are not finite are null."""
@@ -71,3 +70,19 @@ def _forget_after(path: Path, step: int) -> None:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(path)
+
+
+def _summary_writer() -> type:
+    """tensorboardX's writer, imported late, for it takes a second, and without torch.
+
+    Where torch is installed tensorboardX would import it, which takes seconds and memory.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter

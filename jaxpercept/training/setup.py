@@ -82,7 +82,6 @@ def initial_weights(config: Any, setup: Setup) -> tuple[Params, Params]:
     params: Params = {}
     if config.checkpoint:
         params = load_model(config.checkpoint, components=_from_checkpoint(config))[1]
-        _require_finite(params, config.checkpoint)
     for component in config.random_init:
         # The component's name goes into the seed, so that two components do not share weights.
         seed = zlib.crc32(f"{config.seed}/{component}".encode())
@@ -102,16 +101,6 @@ def initial_weights(config: Any, setup: Setup) -> tuple[Params, Params]:
         )
     trainable, frozen = split_params({part: params[part] for part in needed}, config.trainable)
     return _cast(trainable, "float32"), _cast(frozen, config.frozen_dtype)
-
-
-def _require_finite(params: Params, source: str) -> None:
-    for component, weights in params.items():
-        for path, array in weights.items():
-            if not np.isfinite(array).all():
-                raise UserError(
-                    f"{source} holds NaN or infinite values in {component}/{path}: start from "
-                    "another checkpoint, or copy this one again."
-                )
 
 
 def plain(config: Any) -> dict[str, Any]:

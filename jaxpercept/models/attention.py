@@ -155,14 +155,15 @@ def _blocked_backward(chunk, loop_heads, is_causal, residuals, d_out):
         def differentiate(args: tuple[Array, ...]) -> tuple[Array, Array, Array]:
             q_chunk, out_chunk, normaliser_chunk, d_chunk, start = args
             p = jnp.exp(_scores(q_chunk, k, start, is_causal) - normaliser_chunk)
-            d_v = _matmul("...qk,...qd->...kd", p.astype(v.dtype), d_chunk)
+            d_v = _matmul("...qd,...qk->...dk", d_chunk, p.astype(v.dtype))
             d_p = _matmul("...qd,...kd->...qk", d_chunk, v)
             mean = jnp.sum((out_chunk * d_chunk).astype(jnp.float32), axis=-1, keepdims=True)
             d_scores = (p * (d_p - mean)).astype(q.dtype)
-            d_k = _matmul("...qk,...qd->...kd", d_scores, q_chunk)
+            d_k = _matmul("...qd,...qk->...dk", q_chunk, d_scores)
             return _matmul("...qk,...kd->...qd", d_scores, k).astype(q.dtype), d_k, d_v
 
         d_q, d_k, d_v = _over_chunks(differentiate, chunk, q, out, normaliser, d_out, summed=2)
+        d_k, d_v = d_k.swapaxes(-1, -2), d_v.swapaxes(-1, -2)
         return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
 
     return _over_heads(head, loop_heads, *residuals, d_out)

@@ -6,8 +6,8 @@
 Three stages and an export; docs/pretraining.md has the hardware, the time and the figures. `vae`
 trains the autoencoder, `unet` the UNet and the text encoder in its latent space. Both learn from
 the procedural scenes with their captions and from natural images (Tiny ImageNet, class names as
-captions). `fog` goes on with half of the scenes in haze, and to edit: given a clear picture and
-the words "thick white fog", paint it in fog. 5.9 M weights in all, 12 MB in float16.
+captions). `fog` learns to edit as well: given a clear picture and
+the word "fog", paint it in fog. 5.9 M weights in all, 12 MB in float16.
 """
 
 from ml_collections import ConfigDict
@@ -116,9 +116,11 @@ def _unet(config: ConfigDict) -> ConfigDict:
 
 def _fog(config: ConfigDict) -> ConfigDict:
     config = _unet(config)
-    config.data.mixture = {"scenes": 0.4, "furnished": 0.5, "tiny_imagenet": 0.1}
-    config.data.augment.haze = 2.0
-    config.method.edit_share = 0.8
-    config.steps = 2000
+    config.data.mixture = {"scenes": 0.5, "furnished": 0.4, "tiny_imagenet": 0.1}
+    config.data.augment.haze = 0.75
+    config.method.edit_share = 0.9
+    config.method.caption_dropout = 0.3
+    config.steps = 1600
+    config.optimizer.learning_rate = 2e-3
     config.random_init = ()
     return config

@@ -24,7 +24,8 @@ Record = dict[str, Any]
 # Entries of a record that are images, i.e. follow the geometry.
 RASTERS = ("rgb", "depth", "valid", "mask", "normals", "instance", "classes")
 
-_GREYS = ("black", "dark", "grey", "white")  # of the air, a quarter of the range each
+_AIR = np.float32(242)  # the fog's colour, an 8-bit level
+FOG = "fog, "  # what the caption of an image in fog begins with
 
 _SWAP_SIDES = {"left": "right", "right": "left"}
 
@@ -51,8 +52,7 @@ class Augment:
       gamma: exponents are drawn log-uniformly from [1/(1+gamma), 1+gamma].
       blur: largest standard deviation of a Gaussian blur, in pixels of the target resolution.
       noise: largest standard deviation of pixel noise, in 8-bit levels.
-      haze: largest optical thickness of fog at the median depth. Half of the images with depth stay
-        clear; the caption of the others tells of the fog.
+      haze: probability that an image with depth is put into fog, of which its caption then tells.
       rgb_resize: "antialias" (area-weighted linear filter) or "nearest" (what GenPercept and
         Marigold do in training, for exact comparisons).
     """
@@ -88,7 +88,7 @@ class Augment:
             ("gamma", self.gamma >= 0, "at least 0"),
             ("blur", self.blur >= 0, "at least 0"),
             ("noise", self.noise >= 0, "at least 0"),
-            ("haze", self.haze >= 0, "at least 0"),
+            ("haze", 0 <= self.haze <= 1, "a probability"),
             ("rgb_resize", self.rgb_resize in ("antialias", "nearest"), "'antialias' or 'nearest'"),
         ):
             if not ok:
@@ -145,8 +145,8 @@ def prepare(
     if photometry.random() < augment.photometric:
         record = record | {"rgb": photometric(record["rgb"], photometry, augment)}
     record = record | {"source": record["rgb"]}
-    if augment.haze and "depth" in record and weather.random() < 0.5:
-        record = haze(record, weather, augment.haze)
+    if "depth" in record and weather.random() < augment.haze:
+        record = haze(record)
     return record
 
 
@@ -341,24 +341,19 @@ def photometric(
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8).reshape(image.shape)
 
 
-def haze(record: Record, rng: np.random.Generator, thickest: float) -> Record:
-    """The image in fog: colours fade exponentially with depth into the colour of the air.
+def haze(record: Record) -> Record:
+    """The image in fog: colours fade exponentially with depth into the white of the air.
 
-    I = J exp(-k d) + A (1 - exp(-k d)), Koschmieder's law, with k times the median valid depth
-    uniform in [0, `thickest`] and A a random grey, a little tinted. Pixels without depth are taken
-    to be at the median. A caption then begins with the fog: "thick white fog: a room with ...".
+    I = J exp(-d) + A (1 - exp(-d)), Koschmieder's law, with d in units of the median valid depth.
+    Pixels without depth are taken to be at the median. A caption then tells of the fog: "fog, a
+    room with ...".
     """
     depth, valid = record["depth"], record["valid"]
     middle = float(np.median(depth[valid])) if valid.any() else 1.0
-    distance = np.where(valid, depth / np.float32(middle), np.float32(1))
-    thickness, grey = rng.random(), rng.uniform(20, 255)
-    clear = np.exp(np.float32(-thickest * thickness) * distance)
-    air = np.clip(grey * (1 + rng.uniform(-0.08, 0.08, 3)), 0, 255).astype(np.float32)
-    hazy = record | {"rgb": np.rint(record["rgb"] * clear + air * (1 - clear)).astype(np.uint8)}
-    if "caption" in record:
-        words = "thin" if thickness < 0.5 else "thick", _GREYS[int(grey / 256 * len(_GREYS))]
-        hazy["caption"] = f"{' '.join(words)} fog: {record['caption']}"
-    return hazy
+    clear = np.exp(-np.where(valid, depth / np.float32(middle), np.float32(1)))
+    rgb = record["rgb"] * clear + _AIR * (1 - clear)
+    caption = {"caption": FOG + record["caption"]} if "caption" in record else {}
+    return record | {"rgb": np.rint(rgb).astype(np.uint8)} | caption
 
 
 def _colour_matrix(saturation: float, hue: float) -> Float32[np.ndarray, "3 3"]:

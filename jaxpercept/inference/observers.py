@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from jaxpercept.data.datasets import DATASETS, open_dataset
-from jaxpercept.data.transforms import Augment, prepare
+from jaxpercept.data.transforms import FOG, Augment, prepare
 from jaxpercept.inference.evaluator import Evaluator
 from jaxpercept.inference.panel import panel
 from jaxpercept.inference.report import table, write_report
@@ -85,7 +85,7 @@ def picture_observer(setup: Setup, mesh: Mesh) -> Observer:
         captions = [record["caption"] for record in records]
         ids, fog = (
             jnp.asarray(setup.tokenize([prefix + caption for caption in captions]))
-            for prefix in ("", "thick white fog: ")
+            for prefix in ("", FOG)
         )
         size = tuple(side // method.model.downscale for side in rgb.shape[1:3])
         sample = jax.jit(functools.partial(method.sample, latent_size=size))

@@ -1,5 +1,6 @@
-"""Two processes train like one: the same loss curve from disjoint data, written once."""
+"""Two processes train and evaluate like one, from disjoint data; results are written once."""
 
+import functools
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import pytest
 import tiny_run
 
 from jaxpercept.checkpoints.load import load_model
+from jaxpercept.inference.observers import evaluation_observer
 from jaxpercept.training import sharding
 from jaxpercept.training.loop import train
 
@@ -61,6 +63,8 @@ def runs(tmp_path_factory):
         trainable=("unet/conv_norm_out", "unet/conv_out"),
         method={"name": "one_step", "latent_weight": 1.0},
         data__augment={"flip": 0.5, "scale": (0.5, 1.0), "brightness": 0.2},
+        evaluation__dataset="folder",
+        eval_every=STEPS // 2,
         **tiny_run.on_folder(tiny_run.dataset(folder / "data")),
     )
     file = tiny_run.write_config(folder / "tiny.py", config)
@@ -82,7 +86,9 @@ def runs(tmp_path_factory):
     try:
         with pytest.MonkeyPatch.context() as patch:
             note_data(folder / "one.jsonl", patch.setattr)
-            train(config, folder / "one", mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+            workdir, mesh = folder / "one", sharding.make_mesh(devices=jax.devices()[:1])
+            observer = functools.partial(evaluation_observer, workdir=workdir)
+            train(config, workdir, mesh=mesh, observer=observer)
     finally:
         results = tiny_run.finish(*processes)
     for status, error in results:
@@ -122,3 +128,16 @@ def test_what_two_processes_saved_opens_in_one(runs):
     assert one.keys() == two.keys()
     for path, value in one.items():
         np.testing.assert_allclose(two[path], value, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def test_two_processes_evaluate_like_one(runs):
+    one, two = (tiny_run.metrics(runs / name) for name in ("one", "two"))
+    for line, expected in zip(two, one, strict=True):
+        assert ("folder/abs_rel" in line) == (line["step"] % (STEPS // 2) == 0)
+        scores = {name: value for name, value in expected.items() if name.startswith("folder/")}
+        assert {name: line[name] for name in scores} == pytest.approx(scores, rel=1e-3, nan_ok=True)
+    assert len(list((runs / "two" / "pictures").iterdir())) == 2
+    tables = [
+        (runs / name / "evaluation/folder/per_image.csv").read_text() for name in ("one", "two")
+    ]
+    assert len({len(table.splitlines()) for table in tables}) == 1

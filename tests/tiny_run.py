@@ -148,14 +148,9 @@ def command(
 ) -> subprocess.Popen:
     """The train command in a process of its own, on two CPU devices unless `env` says otherwise.
 
-    Compiled programs are kept beside the config file: the same run compiles once. torch is hidden,
-    as for users without it: TensorBoard's writer would spend seconds importing it.
+    Compiled programs are kept beside the config file: the same run compiles once.
     """
-    hidden = config_file.parent / "hidden"
-    hidden.mkdir(exist_ok=True)
-    (hidden / "torch.py").write_text("raise ImportError('hidden')\n")
     settings = {
-        "PYTHONPATH": os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")]),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "compiled"),

@@ -6,8 +6,8 @@
 Three stages and an export; docs/pretraining.md has the hardware, the time and the figures. `vae`
 trains the autoencoder, `unet` the UNet and the text encoder in its latent space. Both learn from
 the procedural scenes with their captions and from natural images (Tiny ImageNet, class names as
-captions). `fog` learns to edit as well: given a clear picture and
-the word "fog", paint it in fog. 5.9 M weights in all, 12 MB in float16.
+captions). `fog` learns to edit as well: given a clear picture and the word "fog", paint it in fog;
+docs/pretraining.md says why. 5.9 M weights in all, 12 MB in float16.
 """
 
 from ml_collections import ConfigDict

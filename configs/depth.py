@@ -3,7 +3,7 @@
     python -m jaxpercept.train --config=configs/depth.py
 
 trains the built-in checkpoint `sd-tiny` on procedural scenes, offline, and evaluates it on held-out
-ones: on two CPU cores 5 minutes, AbsRel 0.084 (best constant: 0.348). Presets, after a colon:
+ones: on two CPU cores 4 to 5 minutes, AbsRel 0.073 (best constant: 0.348). Presets, after a colon:
 
 `depth.py:scenes`   furnished rooms, for longer, stronger augmentation: to be used on real images.
 `depth.py:nyuv2`    real images and furnished rooms: `--config.data_dir=DIR` of NYUv2 with train.txt

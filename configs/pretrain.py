@@ -119,8 +119,9 @@ def _fog(config: ConfigDict) -> ConfigDict:
     config.data.mixture = {"scenes": 0.5, "furnished": 0.4, "tiny_imagenet": 0.1}
     config.data.augment.haze = 0.75
     config.method.edit_share = 0.9
+    config.method.edit_weight = 10.0
     config.method.caption_dropout = 0.3
-    config.steps = 1600
+    config.steps = 1500
     config.optimizer.learning_rate = 2e-3
     config.random_init = ()
     return config

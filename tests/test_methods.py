@@ -222,7 +222,13 @@ def test_the_denoising_loss_is_that_of_latent_diffusion(model, rng):
 
 def test_an_edit_is_one_step_from_the_source(model, rng):
     params, modules = model
-    m = method("text_to_image", empty_ids=[38, 39, 39, 39], caption_dropout=0.0, edit_share=1.0)
+    m = method(
+        "text_to_image",
+        empty_ids=[38, 39, 39, 39],
+        caption_dropout=0.0,
+        edit_share=1.0,
+        edit_weight=7.0,
+    )
     assert "source" in m.fields
     assert "source" not in method("text_to_image").fields
     batch = {
@@ -240,7 +246,7 @@ def test_an_edit_is_one_step_from_the_source(model, rng):
         text = modules["text_encoder"](torch.tensor(batch["input_ids"])).last_hidden_state
         output = modules["unet"](source, torch.full((4,), 999), text).sample
         decoded = modules["vae"].decode(-output / SCALE).sample.clip(-1, 1)
-    assert float(loss) == pytest.approx(F.mse_loss(output, -z).item(), rel=5e-5)
+    assert float(loss) == pytest.approx(7 * F.mse_loss(output, -z).item(), rel=5e-5)
     np.testing.assert_allclose(edited, decoded.permute(0, 2, 3, 1), rtol=0, atol=1e-4)
 
     # What is as clear as its source is denoised like any other example.

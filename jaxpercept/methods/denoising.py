@@ -32,6 +32,8 @@ class TextToImage:
         caption_dropout: the share of examples trained without their caption, for classifier-free
             guidance (Ho and Salimans, arXiv 2207.12598).
         edit_share: the share of the hazy examples that are learnt as an edit of the clear image.
+        edit_weight: how much the squared error of an edit counts. Most of an edit is a copy, so
+            that its errors are small beside those of removing noise.
     """
 
     model: LatentModel
@@ -39,6 +41,7 @@ class TextToImage:
     empty_ids: tuple[int, ...]
     caption_dropout: float = 0.1
     edit_share: float = 0.0
+    edit_weight: float = 1.0
 
     needs_text = True
 
@@ -73,16 +76,19 @@ class TextToImage:
         text = self.model.text_encoder.bind(params["text_encoder"])(ids)
         inputs = schedule.add_noise(latent, noise, timesteps)
         target = schedule.target(latent, noise, timesteps)
+        weight = 1.0
         if self.edit_share:
             chosen = per_example(key_edit, index, jax.random.uniform) < self.edit_share
             edited = chosen & jnp.any(batch["source"] != batch["rgb"], axis=(1, 2, 3))
             source = encode_mean(self.model.vae, params["vae"], to_signed(batch["source"]))
             timesteps = jnp.where(edited, schedule.num_train_timesteps - 1, timesteps)
+            # One step at the timestep where a v-prediction is minus the clean latent anyway.
             edited = edited[:, None, None, None]
             inputs = jnp.where(edited, source, inputs)
             target = jnp.where(edited, GENPERCEPT.target(latent, source, timesteps), target)
+            weight = jnp.where(edited, self.edit_weight, 1.0)
         output = self.model.unet.bind(params["unet"])(inputs, timesteps, text)
-        mse = jnp.mean(jnp.square(output.astype(jnp.float32) - target))
+        mse = jnp.mean(weight * jnp.square(output.astype(jnp.float32) - target))
         return mse, {"mse": mse}
 
     def edit(

@@ -13,7 +13,8 @@ ones: on two CPU cores 4 to 5 minutes, AbsRel 0.073 (best constant: 0.348). Pres
                     Virtual KITTI 2 (`--config.data.options.hypersim.data_dir=DIR`, likewise
                     `vkitti`) and `--config.checkpoint=DIR_OR_HUB_ID`.
 
-What was measured is in docs/results.md; `sd21` has not been run by us; the paper reports AbsRel 5.2 % on NYUv2 for `sd21`.
+What was measured is in docs/results.md. `sd21` has not been run by us; the paper reports AbsRel
+5.2 % on NYUv2 for it.
 """
 
 from ml_collections import ConfigDict

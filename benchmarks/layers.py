@@ -45,7 +45,7 @@ def conv_xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def conv_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Every window as a row of one matrix product."""
-    return layers._patches(x, kernel.shape[:2], PADDING) @ kernel.reshape(-1, kernel.shape[-1])
+    return layers._patches(x, kernel.shape[:2], 1, PADDING) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def upsample_resize(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -45,15 +45,18 @@ def test_upsampling_convolution(rng, size):
     assert_all_close(got, (from_torch(want), from_torch(x.grad), want_kernel), 2e-6)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padding", [1, 0])
-def test_convolution_of_few_pixels_and_many_channels(rng, padding):
+def test_convolution_of_few_pixels_and_many_channels(rng, padding, stride):
     x, kernel = normal(rng, 1, 5, 4, 1024), normal(rng, 3, 3, 1024, 6)
-    weight = normal(rng, 1, 3 + 2 * padding, 2 + 2 * padding, 6)
+    height, width = (-(-(side - 2 + 2 * padding) // stride) for side in (5, 4))
+    weight = normal(rng, 1, height, width, 6)
+    pads = ((padding, padding),) * 2
     got = output_and_gradients(
-        lambda x, k: layers.conv2d(x, k, padding=((padding, padding),) * 2), weight, x, kernel
+        lambda x, k: layers.conv2d(x, k, stride=stride, padding=pads), weight, x, kernel
     )
     x, kernel = to_torch(x).requires_grad_(), as_kernel(kernel).requires_grad_()
-    want = torch.conv2d(x, kernel, padding=padding)
+    want = torch.conv2d(x, kernel, stride=stride, padding=padding)
     (want * to_torch(weight)).sum().backward()
     want_kernel = kernel.grad.numpy().transpose(2, 3, 1, 0)
     assert_all_close(got, (from_torch(want), from_torch(x.grad), want_kernel), 2e-6)

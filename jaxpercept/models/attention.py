@@ -18,9 +18,11 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "chunked")
 # 2^26 float32 scores are 256 MiB, and their softmax as much again.
 MAX_SCORES = 2**26
 # The same on a CPU, where a block should stay in the caches of two cores through the softmax's
-# several passes (benchmarks/README.md has the figures), but hold some queries of every image.
+# several passes, but be worth rearranging keys and values for: hold some queries of every image,
+# and many of a single one (benchmarks/README.md has the figures).
 CACHED_SCORES = 2**19
 MIN_QUERIES = 32
+MIN_QUERIES_OF_ONE = 512
 
 
 def dot_product_attention(
@@ -105,7 +107,10 @@ def _chunked_attention(
     b, tq, n, d = q.shape
     tk = k.shape[1]
     on_cpu = jax.default_backend() == "cpu"
-    limit = min(MAX_SCORES, max(CACHED_SCORES, MIN_QUERIES * b * tk)) if on_cpu else MAX_SCORES
+    limit = MAX_SCORES
+    if on_cpu:
+        queries = max(MIN_QUERIES * b, MIN_QUERIES_OF_ONE)
+        limit = min(MAX_SCORES, max(CACHED_SCORES, queries * tk))
     loop_heads = on_cpu and n > 1 and n * b * tq * tk > limit
     num_chunks = min(tq, math.ceil((1 if loop_heads else n) * b * tq * tk / limit))
     chunk = math.ceil(tq / num_chunks)

@@ -37,29 +37,30 @@ def conv2d(
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]  # a matrix product, which no backend runs slower than a 1x1 conv
-    few_pixels = math.prod(x.shape[:3]) <= 256 and kernel.shape[2] >= 1024
-    if jax.default_backend() == "cpu" and few_pixels and stride == 1:
+    few_pixels = math.prod(x.shape[:3]) <= 256 * stride**2 and kernel.shape[2] >= 1024
+    if jax.default_backend() == "cpu" and few_pixels:
         # XLA's CPU convolution rearranges the kernel at each call, here most of the work.
-        return _patches(x, kernel.shape[:2], padding) @ kernel.reshape(-1, kernel.shape[-1])
+        patches = _patches(x, kernel.shape[:2], stride, padding)
+        return patches @ kernel.reshape(-1, kernel.shape[-1])
     return _convolution(x, kernel, stride, padding)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolution(
+def _xla_convolution(
     x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int, padding: Pads
 ) -> Float[Array, "b ho wo o"]:
-    """XLA's convolution, with a gradient that flips its kernel late.
-
-    The input's gradient is a convolution with the flipped kernel. XLA for CPUs would flip the
-    kernels of a whole network at the start, since nothing keeps it from it, and hold them all.
-    """
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
+# The same with a gradient that flips its kernel late. The input's gradient is a convolution with
+# the flipped kernel; XLA for CPUs would flip the kernels of a whole network at the start, since
+# nothing keeps it from it, and hold them all.
+_convolution = jax.custom_vjp(_xla_convolution, nondiff_argnums=(2, 3))
+
+
 def _convolution_forward(x, kernel, stride, padding):
-    return _convolution(x, kernel, stride, padding), (x, kernel)
+    return _xla_convolution(x, kernel, stride, padding), (x, kernel)
 
 
 def _convolution_backward(stride, padding, residuals, d_y):
@@ -67,7 +68,7 @@ def _convolution_backward(stride, padding, residuals, d_y):
     if jax.default_backend() == "cpu":
         # What is made of the kernel waits for d_y; XLA drops optimization barriers too early here.
         kernel = kernel + 0 * d_y[0, 0, 0, 0]
-    convolve = functools.partial(_convolution.fun, stride=stride, padding=padding)
+    convolve = functools.partial(_xla_convolution, stride=stride, padding=padding)
     return jax.vjp(convolve, x, kernel)[1](d_y)
 
 
@@ -75,13 +76,14 @@ _convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
 def _patches(
-    x: Float[Array, "b h w i"], window: tuple[int, int], padding: Pads
+    x: Float[Array, "b h w i"], window: tuple[int, int], stride: int, padding: Pads
 ) -> Float[Array, "b ho wo k"]:
-    """Every window of the padded image as one vector, in the order of a kernel's rows."""
+    """Windows of the padded image as one vector each, in the order of a kernel's rows."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     height, width = (size - k + 1 for size, k in zip(x.shape[1:3], window, strict=True))
     taps = itertools.product(*map(range, window))
-    return jnp.concatenate([x[:, i : i + height, j : j + width] for i, j in taps], axis=-1)
+    parts = [x[:, i : i + height : stride, j : j + width : stride] for i, j in taps]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def upsample_conv2d(
@@ -89,8 +91,8 @@ def upsample_conv2d(
 ) -> Float[Array, "b ho wo o"]:
     """Nearest upsampling to `size`, then a 3x3 convolution with one pixel of padding.
 
-    Where the size is doubled, each output pixel sees only 2x2 different inputs, so that four 2x2
-    convolutions, one for each parity of row and column, do with 4/9 of the multiplications (the
+    Where the size is doubled, each output pixel sees only 2x2 different inputs, so that 2x2
+    kernels, one for each parity of row and column, do with 4/9 of the multiplications (the
     sub-pixel convolution of Shi et al., arXiv 1609.05158, backwards). That pays on CPUs, where
     there are enough pixels to make up for adding the kernels' taps.
     """
@@ -104,12 +106,15 @@ def upsample_conv2d(
         first, second, third = taps
         return jnp.stack([first, second + third] if parity == 0 else [first + second, third])
 
-    def outputs(row: int, column: int) -> Float[Array, "b h w o"]:
-        folded = fold(fold(kernel, row).swapaxes(0, 1), column).swapaxes(0, 1)
-        return conv2d(x, folded, padding=((1 - row, row), (1 - column, column)))
+    def outputs(row: int) -> Float[Array, "b h w 2 o"]:
+        """Every second row: one convolution for both parities of the column, side by side."""
+        rows = fold(kernel, row).swapaxes(0, 1)
+        folded = [fold(rows, column).swapaxes(0, 1) for column in (0, 1)]
+        y = conv2d(x, jnp.concatenate(folded, axis=-1), padding=((1 - row, row), (1, 1)))
+        even, odd = jnp.split(y, 2, axis=-1)
+        return jnp.stack([even[:, :, :-1], odd[:, :, 1:]], axis=3)
 
-    rows = [jnp.stack([outputs(row, column) for column in (0, 1)], axis=3) for row in (0, 1)]
-    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
+    return jnp.stack([outputs(row) for row in (0, 1)], axis=2).reshape(b, 2 * h, 2 * w, -1)
 
 
 def per_channel(v: Float[Array, "c"], ndim: int) -> Float[Array, "*ones c"]:

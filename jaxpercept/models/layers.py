@@ -110,7 +110,8 @@ def upsample_conv2d(
         """Every second row: one convolution for both parities of the column, side by side."""
         rows = fold(kernel, row).swapaxes(0, 1)
         folded = [fold(rows, column).swapaxes(0, 1) for column in (0, 1)]
-        # Padded beforehand: XLA's gradient for uneven padding takes a hundred times as long.
+        # Padded beforehand: where padding makes the output larger than the input, XLA's gradient
+        # of the kernel takes ten to a hundred times as long.
         padded = jnp.pad(x, ((0, 0), (1 - row, row), (1, 1), (0, 0)))
         y = conv2d(padded, jnp.concatenate(folded, axis=-1))
         even, odd = jnp.split(y, 2, axis=-1)

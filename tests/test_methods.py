@@ -12,10 +12,10 @@ from tiny_model import quick_compile  # noqa: F401
 from transformers import CLIPTextModel
 
 from jaxpercept.checkpoints import diffusers
+from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods import build_method
-from jaxpercept.methods.denoising import per_example
 from jaxpercept.models.config import CLIPTextConfig
 from jaxpercept.models.functional import functional
 

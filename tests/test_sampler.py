@@ -1,148 +1,172 @@
 import itertools
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from tiny_model import quick_compile  # noqa: F401
 
-from jaxpercept.diffusion.sampler import ddim_sample, ddim_step
+from jaxpercept.diffusion import sampler
+from jaxpercept.diffusion.noise import per_example
+from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.schedule import GENPERCEPT, NoiseSchedule
+from jaxpercept.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+SPACINGS = ["leading", "trailing", "linspace"]
+MODULES = {
+    "DDIMScheduler": "scheduling_ddim",
+    "DDPMScheduler": "scheduling_ddpm",
+    "LCMScheduler": "scheduling_lcm",
+    "EulerDiscreteScheduler": "scheduling_euler_discrete",
+    "EulerAncestralDiscreteScheduler": "scheduling_euler_ancestral_discrete",
+}
 
 
-@pytest.mark.parametrize(
-    ("prediction_type", "spacing", "zero_snr", "to_one", "clip"),
-    [
-        case
-        for case in itertools.product(
-            PREDICTION_TYPES, ["leading", "trailing"], [False, True], [False, True], [False, True]
+def network(x, t, tanh):
+    """Some smooth function of sample and timestep."""
+    return tanh(x * 0.7 + np.float32(0.3)) * (1 + t / 2000)
+
+
+def ours(config, latents, num_steps, *, key, eta=0.0):
+    steps = Solver.from_config(config, eta=eta).steps(num_steps)
+    run = jax.jit(
+        lambda x: sampler.sample(
+            steps, lambda x, t: network(x, t[:, None, None, None], jnp.tanh), x, key=key
         )
-        if case[0] != "epsilon" or not case[2]
-    ],
-)
-def test_steps_equal_diffusers(rng, prediction_type, spacing, zero_snr, to_one, clip):
+    )
+    return run(jnp.asarray(latents))
+
+
+def theirs(monkeypatch, config, latents, num_steps, *, key, eta=0.0):
+    """diffusers' loop in float64, with the same noise."""
+    name = config["_class_name"]
+    options = {k: v for k, v in config.items() if not k.startswith("_")}
+    oracle = getattr(diffusers, name)(**options)
+    oracle.set_timesteps(num_steps)
+    for level in ("alphas_cumprod", "final_alpha_cumprod", "alphas", "betas", "one"):
+        if hasattr(oracle, level):
+            setattr(oracle, level, getattr(oracle, level).double())
+    count = itertools.count()
+    index = jnp.arange(len(latents))
+
+    def noise(*_, **__):
+        number = next(count)
+        draw = per_example(
+            key,
+            index,
+            lambda k: jax.random.normal(jax.random.fold_in(k, number), latents.shape[1:]),
+        )
+        return torch.from_numpy(np.array(draw)).double()
+
+    monkeypatch.setattr(getattr(diffusers.schedulers, MODULES[name]), "randn_tensor", noise)
+    x = torch.from_numpy(latents).double() * oracle.init_noise_sigma
+    extra = {"eta": eta} if name == "DDIMScheduler" else {}
+    for t in oracle.timesteps:
+        output = network(oracle.scale_model_input(x, t).double().numpy(), float(t), np.tanh)
+        x, x0 = oracle.step(torch.from_numpy(output), t, x, return_dict=False, **extra)[:2]
+    return x.numpy(), x0.numpy()
+
+
+def cases():
+    for name, prediction, spacing, zero_snr in itertools.product(
+        MODULES, PREDICTION_TYPES, SPACINGS, [False, True]
+    ):
+        is_euler = name.startswith("Euler")
+        if zero_snr and prediction == "epsilon" and not is_euler:
+            continue  # refused
+        if name == "EulerAncestralDiscreteScheduler" and prediction == "sample":
+            continue  # not implemented in diffusers
+        if name == "LCMScheduler" and spacing != "leading":
+            continue  # has its own timesteps
+        yield name, prediction, spacing, zero_snr
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' Euler, NumPy 2
+@pytest.mark.parametrize(("name", "prediction_type", "spacing", "zero_snr"), list(cases()))
+def test_loops_equal_diffusers(rng, monkeypatch, name, prediction_type, spacing, zero_snr):
     config = {
+        "_class_name": name,
         **CONFIG,
         "prediction_type": prediction_type,
         "timestep_spacing": spacing,
         "rescale_betas_zero_snr": zero_snr,
-        "set_alpha_to_one": to_one,
-        "clip_sample": clip,
-        "clip_sample_range": 0.7,
+        "steps_offset": int(spacing == "leading"),
     }
-    schedule, oracle = NoiseSchedule.from_config(config), DDIMScheduler(**config)
-    # In float32, diffusers' own differences of nearly equal ᾱ are off by up to 7e-4.
-    oracle.alphas_cumprod = oracle.alphas_cumprod.double()
-    oracle.final_alpha_cumprod = oracle.final_alpha_cumprod.double()
-    counts = np.repeat((1, 4, 10, 50), (1, 4, 10, 50))
-    t = np.concatenate([schedule.timesteps(n) for n in (1, 4, 10, 50)])
-    prev_t = np.concatenate([schedule.previous_timesteps(n) for n in (1, 4, 10, 50)])
-    pred, x_t, noise = rng.normal(size=(3, len(t), 5, 4)).astype(np.float32)
-    pred64, x64, noise64 = (torch.from_numpy(a).double() for a in (pred, x_t, noise))
-    # The noise prediction's x_0 divides rounding errors by √ᾱ_t.
-    gain = schedule.alphas_cumprod[t] ** -0.5 if prediction_type == "epsilon" else np.ones(len(t))
-    gain = gain[:, None, None]
-    for eta in (0.0, 0.6, 1.0):
-        sample, x0 = ddim_step(
-            schedule, *map(jnp.asarray, (pred, x_t, t, prev_t)), eta=eta, noise=jnp.asarray(noise)
-        )
-        expected = []
-        for row, count in enumerate(counts):
-            oracle.num_inference_steps = int(count)
-            variance_noise = noise64[row] if eta else None
-            step = oracle.step(
-                pred64[row], int(t[row]), x64[row], eta=eta, variance_noise=variance_noise
+    if not name.startswith("Euler"):
+        config |= {"clip_sample": bool(rng.integers(2)), "clip_sample_range": 0.7}
+    if name.startswith(("DDIM", "LCM")):
+        config["set_alpha_to_one"] = bool(rng.integers(2))
+    if name.startswith("DDPM"):
+        config["variance_type"] = str(rng.choice(["fixed_small", "fixed_large"]))
+    latents = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
+    eta = float(rng.choice([0.0, 0.6, 1.0])) if name.startswith("DDIM") else 0.0
+    key = jax.random.key(int(rng.integers(2**31)))
+    for num_steps in (1, 4):
+        got = ours(config, latents, num_steps, key=key, eta=eta)
+        want = theirs(monkeypatch, config, latents, num_steps, key=key, eta=eta)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(
+                a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max(), err_msg=num_steps
             )
-            expected.append((step.prev_sample, step.pred_original_sample))
-        expected_sample, expected_x0 = map(np.stack, zip(*expected, strict=True))
-        assert (np.abs(x0 - expected_x0) <= 1e-6 * (gain + np.abs(expected_x0))).all()
-        # A sample prediction implies its noise through a division by √(1−ᾱ_t).
-        tolerance = (1e-5 if prediction_type == "sample" else 3e-6) if eta else 1e-6
-        np.testing.assert_allclose(sample, expected_sample, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("to_one", [False, True])
-def test_stochastic_step_in_float64(rng, to_one):
-    schedule = NoiseSchedule.from_config(
-        {
-            **CONFIG,
-            "prediction_type": "v_prediction",
-            "set_alpha_to_one": to_one,
-            "clip_sample": False,
-        }
-    )
+def test_stochastic_steps_in_float64(rng, to_one):
+    config = {**CONFIG, "prediction_type": "v_prediction", "set_alpha_to_one": to_one}
+    schedule = NoiseSchedule.from_config({**config, "clip_sample": False})
     levels = np.cumprod(1 - schedule.betas.astype(np.float64))
-    t, prev_t = np.array([999, 500, 21, 1, 1]), np.array([979, 499, 1, 0, -19])
-    pred, x_t, noise = rng.normal(size=(3, 5, 7)).astype(np.float32)
-    now = levels[t][:, None]
-    final = 1.0 if to_one else levels[0]
-    before = np.where(prev_t >= 0, levels[np.maximum(prev_t, 0)], final)[:, None]
-    x0 = np.sqrt(now) * x_t - np.sqrt(1 - now) * pred
-    epsilon = np.sqrt(now) * pred + np.sqrt(1 - now) * x_t
+    steps = sampler.ddim(schedule, 50, eta=1.0).table
+    t, prev_t = schedule.timesteps(50), schedule.previous_timesteps(50)
+    x, output, noise = rng.normal(size=(3, 50))
+    now = levels[t]
+    before = np.where(prev_t >= 0, levels[np.maximum(prev_t, 0)], 1.0 if to_one else levels[0])
+    x0 = np.sqrt(now) * x - np.sqrt(1 - now) * output
+    epsilon = np.sqrt(now) * output + np.sqrt(1 - now) * x
     variance = (1 - before) / (1 - now) * (1 - now / before)
-    expected = np.sqrt(before) * x0 + np.sqrt(1 - before - variance) * epsilon
-    expected += np.sqrt(variance) * noise
-    sample, _ = ddim_step(
-        schedule, *map(jnp.asarray, (pred, x_t, t, prev_t)), eta=1.0, noise=jnp.asarray(noise)
-    )
-    np.testing.assert_allclose(sample, expected, atol=1e-6)
+    want = np.sqrt(before) * x0 + np.sqrt(1 - before - variance) * epsilon
+    want += np.sqrt(variance) * noise
+    got = steps.next_of_x * x + steps.next_of_output * output + steps.next_of_x0 * x0
+    np.testing.assert_allclose(got + steps.next_of_noise * noise, want, atol=1e-6)
 
 
+@pytest.mark.parametrize("solver", [sampler.ddim, sampler.ddpm])
 @pytest.mark.parametrize("beta", [(1.0, 1.0), (0.544, 0.768), (0.136, 0.192)])
 @pytest.mark.parametrize("num_steps", [1, 50])
-def test_vanishing_signal_stays_finite(rng, beta, num_steps):
+def test_vanishing_signal_stays_finite(beta, num_steps, solver):
     schedule = NoiseSchedule.from_config(
         {**GENPERCEPT.to_config(), "beta_start": beta[0], "beta_end": beta[1]}
     )
-    t, prev_t = schedule.timesteps(num_steps), schedule.previous_timesteps(num_steps)
-    pred, x_t, noise = rng.normal(size=(3, num_steps, 6)).astype(np.float32)
-    for eta in (0.0, 1.0):
-        sample, x0 = ddim_step(
-            schedule, *map(jnp.asarray, (pred, x_t, t, prev_t)), eta=eta, noise=jnp.asarray(noise)
-        )
-        assert np.isfinite(sample).all()
-        assert np.isfinite(x0).all()
+    options = {"eta": 1.0} if solver is sampler.ddim else {}
+    for column in solver(schedule, num_steps, **options).table:
+        assert np.isfinite(np.asarray(column, np.float32)).all()
 
 
-def test_underflown_levels_keep_their_ratio(rng):
+def test_underflown_levels_keep_their_ratio():
     """Where ᾱ_t and ᾱ_prev are both 0 in float32, the variance is that of the steps between."""
     schedule = NoiseSchedule.from_config(
-        {**GENPERCEPT.to_config(), "beta_start": 0.544, "beta_end": 0.768}
+        {**GENPERCEPT.to_config(), "beta_start": 0.544, "beta_end": 0.768, "steps_offset": 0}
     )
-    zero, t, prev_t = jnp.zeros((1, 1)), jnp.array([901]), jnp.array([900])
-    sample, _ = ddim_step(schedule, zero, zero, t, prev_t, eta=1.0, noise=jnp.ones((1, 1)))
-    np.testing.assert_allclose(sample[0, 0] ** 2, schedule.betas[901], rtol=1e-5)
+    steps = sampler.ddim(schedule, 1000, eta=1.0).table
+    row = list(steps.timestep).index(901)
+    np.testing.assert_allclose(steps.next_of_noise[row] ** 2, schedule.betas[901], rtol=1e-5)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_sampling_loop_equals_diffusers(rng, prediction_type):
-    config = {**CONFIG, "prediction_type": prediction_type, "clip_sample": False, "steps_offset": 1}
-    schedule, oracle = NoiseSchedule.from_config(config), DDIMScheduler(**config)
-    matrix = rng.normal(size=(4, 4)).astype(np.float32) / 4
-    latents = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
-
-    def predict(x, t, tanh):
-        return tanh(x @ matrix) * (1 + 0.1 * t / 1000)
-
-    oracle.set_timesteps(10)
-    x = torch.from_numpy(latents)
-    for t in oracle.timesteps:
-        pred = torch.from_numpy(predict(x.numpy(), int(t), np.tanh))
-        x, x0 = oracle.step(pred, t, x, return_dict=False)
-
-    @jax.jit
-    def sample(latents):
-        return ddim_sample(
-            schedule, lambda x, t: predict(x, t[:, None, None, None], jnp.tanh), latents, 10
-        )
-
-    last, last_x0 = sample(latents)
-    np.testing.assert_allclose(last, x, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(last_x0, x0, rtol=1e-5, atol=1e-5)
+def test_one_step_at_a_given_timestep_gives_x0(rng):
+    """Lotus-G: a single DDPM step at t = 999."""
+    schedule = NoiseSchedule.from_config(
+        {**CONFIG, "prediction_type": "sample", "clip_sample": False}
+    )
+    steps = sampler.ddpm(schedule, 1, timesteps=np.array([999]))
+    latents = jnp.asarray(rng.normal(size=(2, 4, 4, 4)), jnp.float32)
+    last, x0 = sampler.sample(steps, lambda x, t: x * t[0], latents)
+    np.testing.assert_array_equal(last, x0)
+    np.testing.assert_allclose(x0, latents * 999, rtol=1e-6)
 
 
 def test_one_genpercept_step_negates_the_prediction(rng):
@@ -153,7 +177,7 @@ def test_one_genpercept_step_negates_the_prediction(rng):
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), t)
         return 2 * x
 
-    _, x0 = ddim_sample(GENPERCEPT, predict, latents, 1)
+    _, x0 = sampler.sample(sampler.ddim(GENPERCEPT, 1), predict, latents)
     np.testing.assert_array_equal(x0, -2 * latents)
     jax.effects_barrier()
     np.testing.assert_array_equal(seen[0], [1, 1])
@@ -166,29 +190,49 @@ def test_network_is_traced_once_whatever_the_number_of_steps():
         traces.append(t)
         return x
 
-    ddim_sample(GENPERCEPT, predict, jnp.ones((1, 2)), 50)
+    sampler.sample(sampler.ddim(GENPERCEPT, 50), predict, jnp.ones((1, 2)))
     assert len(traces) == 1
 
 
 def test_noise_belongs_to_the_example_not_to_the_row():
-    schedule = NoiseSchedule.from_config(CONFIG)
-    key = jax.random.key(3)
+    steps = sampler.ddpm(NoiseSchedule.from_config(CONFIG), 5)
 
     def run(index):
-        index = jnp.asarray(index)
         latents = jnp.ones((len(index), 8))
-        return ddim_sample(schedule, lambda x, t: x / 2, latents, 5, eta=1.0, key=key, index=index)[
-            0
-        ]
+        options = {"key": jax.random.key(3), "index": jnp.asarray(index)}
+        return sampler.sample(steps, lambda x, t: x / 2, latents, **options)[0]
 
     forward, backward = run([4, 7, 9]), run([9, 7, 4])
     np.testing.assert_array_equal(forward, backward[::-1])
     assert np.abs(forward[0] - forward[1]).max() > 0.01
 
 
-def test_missing_noise_is_an_error():
-    x, t = jnp.ones((1, 2)), jnp.array([3])
-    with pytest.raises(ValueError, match="noise"):
-        ddim_step(GENPERCEPT, x, x, t, t - 1, eta=0.5)
+def test_missing_key_is_an_error():
+    steps = sampler.ddim(GENPERCEPT, 2, eta=0.5)
     with pytest.raises(ValueError, match="key"):
-        ddim_sample(GENPERCEPT, lambda x, t: x, x, 2, eta=0.5)
+        sampler.sample(steps, lambda x, t: x, jnp.ones((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("config", "num_steps", "words"),
+    [
+        ({"_class_name": "PNDMScheduler"}, 4, "PNDMScheduler.*DDIMScheduler"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True},
+            4,
+            "use_karras_sigmas",
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "sigma_min"}, 4, "zero"),
+        ({"_class_name": "LCMScheduler"}, 51, "51.*from 1 to 50"),
+        ({**CONFIG, "rescale_betas_zero_snr": True}, 4, "v_prediction"),
+        (
+            {**GENPERCEPT.to_config(), "_class_name": "EulerDiscreteScheduler"},
+            4,
+            "DDIMScheduler",
+        ),
+        ({**CONFIG}, 1001, "1001"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(config, num_steps, words):
+    with pytest.raises(UserError, match=words):
+        Solver.from_config(config).steps(num_steps)

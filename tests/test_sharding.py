@@ -8,8 +8,8 @@ from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 from jaxpercept.config import base_config
+from jaxpercept.diffusion.noise import per_example
 from jaxpercept.errors import UserError
-from jaxpercept.methods.denoising import per_example
 from jaxpercept.training import sharding
 from jaxpercept.training.optim import make_optimizer
 from jaxpercept.training.step import init_state, make_train_step

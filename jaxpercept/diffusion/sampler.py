@@ -1,143 +1,387 @@
-"""DDIM sampling (Song et al. 2021, arXiv 2010.02502), safe where ᾱ = 0."""
+"""Sampling: a solver is a table of coefficients, and one compiled loop runs any of them.
 
-from collections.abc import Callable
+Between the network's output and the next sample every solver here is linear, save for the clipping
+of x_0. So DDIM, DDPM, LCM and the two Euler methods differ only in eight numbers a step, which are
+worked out beforehand, in float64, safely where ᾱ = 0.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.schedule import NoiseSchedule
+from jaxpercept.errors import UserError
 
-PredictFn = Callable[[Float[Array, "b *d"], Int[Array, "b"]], Float[Array, "b *d"]]
+PredictFn = Callable[[Float[Array, "b *d"], Float[Array, "b"]], Float[Array, "b *d"]]
+Column = Float[np.ndarray, "n"]
 
 
-def ddim_step(
-    schedule: NoiseSchedule,
-    pred: Float[Array, "b *d"],
-    x_t: Float[Array, "b *d"],
-    t: Int[Array, "b"],
-    prev_t: Int[Array, "b"],
-    *,
-    eta: float = 0.0,
-    noise: Float[Array, "b *d"] | None = None,
-) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
-    """One step from timestep `t` to `prev_t` (negative: past the last one).
+class Table(NamedTuple):
+    """A row for each step, from the noisiest on. With x the sample and z standard normal noise:
 
-    Args:
-      pred: network output for (x_t, t), of the schedule's `prediction_type`.
-      eta: 0 deterministic, 1 as much noise as DDPM.
-      noise: standard normal, needed if eta > 0.
-
-    Returns:
-      (sample at `prev_t`, predicted x_0), float32. One-step methods decode the second. x_0 is
-      clipped if the schedule says `clip_sample`.
+    output = network(scale * x, timestep)
+    x_0    = clip(x0_of_x * x + x0_of_output * output)
+    x      = next_of_x * x + next_of_output * output + next_of_x0 * x_0 + next_of_noise * z
     """
-    pred, x_t = pred.astype(jnp.float32), x_t.astype(jnp.float32)
-    x0, predicted_noise = schedule.to_x0(pred, x_t, t), schedule.to_noise(pred, x_t, t)
-    if schedule.clip_sample:
-        x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
-    shape = (t.shape[0],) + (1,) * (x_t.ndim - 1)
-    alpha_prev = _previous_alpha_cumprod(schedule, prev_t)
-    variance = eta**2 * _posterior_variance(schedule, t, prev_t) if eta > 0 else jnp.zeros(t.shape)
-    direction = jnp.sqrt(jnp.maximum(1 - alpha_prev - variance, 0))
-    sample = jnp.sqrt(alpha_prev).reshape(shape) * x0 + direction.reshape(shape) * predicted_noise
-    if eta > 0:
-        if noise is None:
-            raise ValueError("ddim_step needs noise when eta > 0.")
-        sample += jnp.sqrt(variance).reshape(shape) * noise.astype(jnp.float32)
-    return sample, x0
+
+    timestep: Column
+    scale: Column
+    x0_of_x: Column
+    x0_of_output: Column
+    next_of_x: Column
+    next_of_output: Column
+    next_of_x0: Column
+    next_of_noise: Column
 
 
-def ddim_sample(
-    schedule: NoiseSchedule,
+@dataclasses.dataclass(frozen=True, eq=False)
+class Steps:
+    """What to do in n steps.
+
+    Attributes:
+      table: the coefficients. The Euler solvers work with x = x_0 + σ ε instead of
+        √ᾱ x_0 + √(1−ᾱ) ε; their `scale` takes the one to the other.
+      initial_scale: the first x is so many times standard normal noise.
+      clip: largest absolute value of x_0, None for no limit.
+    """
+
+    table: Table
+    initial_scale: float = 1.0
+    clip: float | None = None
+
+
+def sample(
+    steps: Steps,
     predict_fn: PredictFn,
     latents: Float[Array, "b *d"],
-    num_steps: int,
     *,
-    eta: float = 0.0,
     key: Key[Array, ""] | None = None,
     index: Int[Array, "b"] | None = None,
 ) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
-    """Runs `num_steps` DDIM steps from `latents` as one scan, so predict_fn is traced once.
+    """Runs the steps from `latents` as one scan, so predict_fn is traced once.
 
     Args:
-      predict_fn: (x_t float32 [b, ...], t int32 [b]) -> network output [b, ...].
+      steps: from a solver, such as `ddim(schedule, num_steps)`.
+      predict_fn: (x float32 [b, ...], timestep float32 [b]) -> network output [b, ...].
       latents: x_T; pure noise, or the RGB latent for RGB blending and GenPercept.
-      eta, key, index: for eta > 0; noise of row i depends only on (key, index[i], step), with
-        index = 0..b-1 if None.
+      key, index: for steps that draw noise; that of row i depends only on (key, index[i], step),
+        with index = 0..b-1 if None.
 
     Returns:
       (last sample, last predicted x_0), float32. Marigold decodes the first, GenPercept and
       E2E-FT the second.
-
-    Raises:
-      UserError: `num_steps` does not fit the schedule.
     """
-    if eta > 0 and key is None:
-        raise ValueError("ddim_sample needs a key when eta > 0.")
+    draws = bool(np.any(steps.table.next_of_noise))
+    if draws and key is None:
+        raise ValueError("these steps draw noise: give a key")
     batch = latents.shape[0]
     index = jnp.arange(batch) if index is None else index
-    latents = latents.astype(jnp.float32)
 
-    def step(carry, inputs):
-        x_t, _ = carry
-        number, t, prev_t = inputs
-        t, prev_t = jnp.full(batch, t), jnp.full(batch, prev_t)
-        noise = None
-        if eta > 0:
-            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), number))(index)
-            noise = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(keys)
-        pred = predict_fn(x_t, t)
-        return ddim_step(schedule, pred, x_t, t, prev_t, eta=eta, noise=noise), None
+    def noise(number: Int[Array, ""]) -> Float[Array, "b *d"]:
+        def draw(key: Key[Array, ""]) -> Array:
+            return jax.random.normal(jax.random.fold_in(key, number), latents.shape[1:])
 
-    steps = (
-        np.arange(num_steps, dtype=np.int32),
-        schedule.timesteps(num_steps).astype(np.int32),
-        schedule.previous_timesteps(num_steps).astype(np.int32),
+        return per_example(key, index, draw)
+
+    def step(carry: tuple[Array, Array], inputs: tuple[Array, Table]):
+        x, _ = carry
+        number, row = inputs
+        output = predict_fn(row.scale * x, jnp.full(batch, row.timestep)).astype(jnp.float32)
+        x0 = row.x0_of_x * x + row.x0_of_output * output
+        if steps.clip is not None:
+            x0 = jnp.clip(x0, -steps.clip, steps.clip)
+        x = row.next_of_x * x + row.next_of_output * output + row.next_of_x0 * x0
+        return ((x + row.next_of_noise * noise(number)) if draws else x, x0), None
+
+    table = jax.tree.map(lambda column: np.asarray(column, np.float32), steps.table)
+    x = latents.astype(jnp.float32) * steps.initial_scale
+    rows = (np.arange(len(table.timestep)), table)
+    (x, x0), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
+    return x, x0
+
+
+# ---- solvers -------------------------------------------------------------------------------------
+
+
+def ddim(schedule: NoiseSchedule, num_steps: int, *, eta: float = 0.0) -> Steps:
+    """Song et al. 2021, arXiv 2010.02502; `eta` 0 is deterministic, 1 as noisy as DDPM."""
+    t = schedule.timesteps(num_steps)
+    prev_t = schedule.previous_timesteps(num_steps)
+    levels = _Levels.at(schedule, t)
+    before = _alpha_before(schedule, prev_t, float(schedule.final_alpha_cumprod))
+    variance = np.zeros(num_steps)
+    if eta > 0:
+        first = 0 if schedule.set_alpha_to_one else 1  # ᾱ past the last step is 1 or ᾱ_0
+        ratio = _alpha_product(schedule, np.where(prev_t >= 0, prev_t + 1, first), t)
+        # 1 - ᾱ_t is 0 only where there is nothing to denoise.
+        variance = eta**2 * (1 - before) * _divide(1 - ratio, 1 - levels.alpha)
+    direction = np.sqrt(np.maximum(1 - before - variance, 0))
+    return _steps(
+        schedule,
+        levels,
+        t,
+        next_of_x=direction * levels.noise_of_x,
+        next_of_output=direction * levels.noise_of_output,
+        next_of_x0=np.sqrt(before),
+        next_of_noise=np.sqrt(variance),
     )
-    (sample, x0), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), steps)
-    return sample, x0
 
 
-def _previous_alpha_cumprod(schedule: NoiseSchedule, prev_t: Int[Array, "b"]) -> Float[Array, "b"]:
-    levels = jnp.asarray(schedule.alphas_cumprod)[jnp.maximum(prev_t, 0)]
-    return jnp.where(prev_t >= 0, levels, float(schedule.final_alpha_cumprod))
+def ddpm(
+    schedule: NoiseSchedule,
+    num_steps: int,
+    *,
+    timesteps: Int[np.ndarray, "n"] | None = None,
+    variance_type: str = "fixed_small",
+) -> Steps:
+    """Ho et al. 2020, arXiv 2006.11239, eq. 6 and 7, each step to the next of the timesteps.
 
-
-def _posterior_variance(
-    schedule: NoiseSchedule, t: Int[Array, "b"], prev_t: Int[Array, "b"]
-) -> Float[Array, "b"]:
-    """(1 − ᾱ_prev) / (1 − ᾱ_t) · (1 − ᾱ_t / ᾱ_prev), the DDPM posterior variance.
-
-    The last ratio is 0/0 at ᾱ = 0. It equals the product of the α between the two steps, which is
-    what GenPercept's scheduler uses (`src/customized_modules/ddim.py`).
+    Args:
+      timesteps: descending; None for the schedule's `num_steps`. Lotus takes its one step at 999.
+      variance_type: "fixed_small", the posterior's, or "fixed_large", β; none at t = 0.
     """
-    alpha_prev = _previous_alpha_cumprod(schedule, prev_t)
-    noise = 1 - jnp.asarray(schedule.alphas_cumprod)[t]
-    safe_noise = jnp.where(noise > 0, noise, 1)
-    return (1 - alpha_prev) / safe_noise * _one_minus_alpha_product(schedule, t, prev_t)
+    t = schedule.timesteps(num_steps) if timesteps is None else np.asarray(timesteps)
+    prev_t = np.append(t[1:], -1)
+    levels = _Levels.at(schedule, t)
+    before = _alpha_before(schedule, prev_t, 1.0)
+    ratio = _alpha_product(schedule, prev_t + 1, t)
+    small = _divide((1 - before) * (1 - ratio), 1 - levels.alpha)
+    variance = 1 - ratio if variance_type.startswith("fixed_large") else small
+    return _steps(
+        schedule,
+        levels,
+        t,
+        next_of_x=_divide(np.sqrt(ratio) * (1 - before), 1 - levels.alpha),
+        next_of_x0=_divide(np.sqrt(before) * (1 - ratio), 1 - levels.alpha),
+        next_of_noise=np.where(t > 0, np.sqrt(variance), 0),
+    )
 
 
-def _one_minus_alpha_product(
-    schedule: NoiseSchedule, t: Int[Array, "b"], prev_t: Int[Array, "b"]
-) -> Float[Array, "b"]:
-    """1 − ∏_{prev_t < s ≤ t} α_s, from cumulative sums of log α that skip (and count) zeros.
+def lcm(
+    schedule: NoiseSchedule,
+    num_steps: int,
+    *,
+    original_inference_steps: int = 50,
+    timestep_scaling: float = 10.0,
+) -> Steps:
+    """Latent consistency models (Luo et al. 2023, arXiv 2310.04378): x_0, then noise again.
 
-    The sums reach −10³ where ᾱ underflows, so each is a pair of float32.
+    Args:
+      original_inference_steps: the steps of distillation, of which some are taken.
+      timestep_scaling: of the boundary condition that makes the network the identity at t = 0.
+
+    Raises:
+      UserError: more steps than the model was distilled with.
+    """
+    origin = original_inference_steps
+    if not 1 <= num_steps <= origin:
+        raise UserError(
+            f"The number of inference steps is {num_steps}; this LCM takes from 1 to {origin}."
+        )
+    distilled = np.arange(origin, 0, -1) * (schedule.num_train_timesteps // origin) - 1
+    t = distilled[np.linspace(0, origin, num_steps, endpoint=False).astype(np.int64)]
+    levels = _Levels.at(schedule, t)
+    scaled, data_deviation = t * timestep_scaling, 0.5
+    skip = data_deviation**2 / (scaled**2 + data_deviation**2)
+    out = scaled / np.sqrt(scaled**2 + data_deviation**2)
+    before = np.append(schedule.alphas_cumprod[t[1:]].astype(np.float64), 1.0)
+    return _steps(
+        schedule,
+        levels,
+        t,
+        next_of_x=np.sqrt(before) * skip,
+        next_of_x0=np.sqrt(before) * out,
+        next_of_noise=np.sqrt(1 - before),
+    )
+
+
+def euler(schedule: NoiseSchedule, num_steps: int) -> Steps:
+    """Karras et al. 2022, arXiv 2206.00364, algorithm 2 without churn, as diffusers runs it."""
+    return _euler(schedule, num_steps, ancestral=False)
+
+
+def euler_ancestral(schedule: NoiseSchedule, num_steps: int) -> Steps:
+    """The Euler method that goes below each noise level and adds noise again (k-diffusion)."""
+    return _euler(schedule, num_steps, ancestral=True)
+
+
+def _euler(schedule: NoiseSchedule, num_steps: int, *, ancestral: bool) -> Steps:
+    t = schedule.timesteps(num_steps).astype(np.float64)
+    if schedule.timestep_spacing == "linspace":
+        t = np.linspace(0, schedule.num_train_timesteps - 1, num_steps)[::-1]
+    alphas_cumprod = schedule.alphas_cumprod.astype(np.float64)
+    if schedule.rescale_betas_zero_snr:
+        alphas_cumprod[-1] = 2.0**-24  # as diffusers, so that the first σ is finite
+    if not alphas_cumprod.all():
+        raise UserError(
+            "The Euler solvers need alphas_cumprod above 0: use DDIMScheduler for this schedule."
+        )
+    every = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+    sigma = np.interp(t, np.arange(len(every)), every)
+    to = np.append(sigma[1:], 0.0)
+    up = np.sqrt(to**2 * (sigma**2 - to**2) / sigma**2) if ancestral else np.zeros(num_steps)
+    down = np.sqrt(to**2 - up**2)
+    levels = _Levels.of(1 / (sigma**2 + 1), schedule.prediction_type)
+    scale = 1 / np.sqrt(sigma**2 + 1)
+    steps = _steps(
+        schedule,
+        levels._replace(x0_of_x=levels.x0_of_x * scale),
+        t,
+        next_of_x=down / sigma,
+        next_of_x0=1 - down / sigma,
+        next_of_noise=up,
+    )
+    first = sigma.max()
+    if schedule.timestep_spacing == "leading":
+        first = np.sqrt(first**2 + 1)
+    return Steps(steps.table._replace(scale=scale), initial_scale=float(first))
+
+
+# ---- from scheduler_config.json ------------------------------------------------------------------
+
+# Options of these solvers' configs, and the one value of each that is implemented.
+_ONLY = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "interpolation_type": "linear",
+    "final_sigmas_type": "zero",
+    "timestep_type": "discrete",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """The solver that a `scheduler_config.json` names: `solver.steps(n)` is its table.
+
+    Attributes:
+      schedule: the noise schedule.
+      class_name: diffusers' name of the solver, such as "DDIMScheduler".
+      options: keyword arguments of the function that makes the table.
+    """
+
+    schedule: NoiseSchedule
+    class_name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, eta: float = 0.0) -> "Solver":
+        """`eta` is DDIM's.
+
+        Raises:
+          UserError: a class or an option whose steps are not implemented.
+        """
+        schedule = NoiseSchedule.from_config(config)
+        class_name = config.get("_class_name", "DDIMScheduler").removesuffix("Customized")
+        if class_name not in _SOLVERS:
+            raise UserError(
+                f"The scheduler {class_name} cannot be sampled with; supported: "
+                f"{', '.join(_SOLVERS)}. Write one of these into scheduler_config.json, most often "
+                "DDIMScheduler."
+            )
+        function, keys = _SOLVERS[class_name]
+        for key, only in _ONLY.items():
+            if config.get(key) not in (None, only):
+                raise UserError(
+                    f"The scheduler config has {key}={config[key]!r}; only {only!r} is supported."
+                )
+        options = {key: config[key] for key in keys if config.get(key) is not None}
+        if function is ddim:
+            options["eta"] = eta
+        return cls(schedule, class_name, tuple(sorted(options.items())))
+
+    def steps(self, num_steps: int) -> Steps:
+        """The table of `num_steps` steps.
+
+        Raises:
+          UserError: the number does not fit the schedule, or x_0 cannot be computed.
+        """
+        return _SOLVERS[self.class_name][0](self.schedule, num_steps, **dict(self.options))
+
+
+# Function, and the keys of the config it reads.
+_SOLVERS: dict[str, tuple[Callable[..., Steps], tuple[str, ...]]] = {
+    "DDIMScheduler": (ddim, ()),
+    "DDPMScheduler": (ddpm, ("variance_type",)),
+    "LCMScheduler": (lcm, ("original_inference_steps", "timestep_scaling")),
+    "EulerDiscreteScheduler": (euler, ()),
+    "EulerAncestralDiscreteScheduler": (euler_ancestral, ()),
+}
+
+
+# ---- coefficients --------------------------------------------------------------------------------
+
+
+class _Levels(NamedTuple):
+    """What a network output at noise level ᾱ says about x_0 and about the noise, per step."""
+
+    alpha: Column
+    x0_of_x: Column
+    x0_of_output: Column
+    noise_of_x: Column
+    noise_of_output: Column
+
+    @classmethod
+    def at(cls, schedule: NoiseSchedule, t: Int[np.ndarray, "n"]) -> "_Levels":
+        schedule.check_recoverable()
+        return cls.of(schedule.alphas_cumprod[t].astype(np.float64), schedule.prediction_type)
+
+    @classmethod
+    def of(cls, alpha: Column, prediction_type: str) -> "_Levels":
+        signal, sigma, one = np.sqrt(alpha), np.sqrt(1 - alpha), np.ones_like(alpha)
+        if prediction_type == "epsilon":
+            return cls(alpha, _divide(one, signal), -_divide(sigma, signal), 0 * one, one)
+        if prediction_type == "sample":
+            return cls(alpha, 0 * one, one, _divide(one, sigma), -_divide(signal, sigma))
+        return cls(alpha, signal, -sigma, sigma, signal)
+
+
+def _steps(
+    schedule: NoiseSchedule,
+    levels: _Levels,
+    timesteps: np.ndarray,
+    *,
+    next_of_x: Column,
+    next_of_x0: Column,
+    next_of_noise: Column,
+    next_of_output: Column | None = None,
+) -> Steps:
+    table = Table(
+        timestep=timesteps,
+        scale=np.ones(len(timesteps)),
+        x0_of_x=levels.x0_of_x,
+        x0_of_output=levels.x0_of_output,
+        next_of_x=next_of_x,
+        next_of_output=np.zeros(len(timesteps)) if next_of_output is None else next_of_output,
+        next_of_x0=next_of_x0,
+        next_of_noise=next_of_noise,
+    )
+    return Steps(table, clip=schedule.clip_sample_range if schedule.clip_sample else None)
+
+
+def _alpha_before(schedule: NoiseSchedule, prev_t: Int[np.ndarray, "n"], final: float) -> Column:
+    levels = schedule.alphas_cumprod[np.maximum(prev_t, 0)].astype(np.float64)
+    return np.where(prev_t >= 0, levels, final)
+
+
+def _alpha_product(
+    schedule: NoiseSchedule, first: Int[np.ndarray, "n"], last: Int[np.ndarray, "n"]
+) -> Column:
+    """∏ α_s for first <= s <= last: ᾱ_t / ᾱ_prev, which is 0/0 where both have vanished.
+
+    GenPercept's scheduler uses the product as well (`src/customized_modules/ddim.py`).
     """
     alphas = 1 - schedule.betas.astype(np.float64)
-    logs = np.log(np.where(alphas > 0, alphas, 1))
-    cumulative = np.concatenate([[0.0], np.cumsum(logs)])
-    zeros = np.concatenate([[0], np.cumsum(alphas == 0)]).astype(np.int32)
-    high = cumulative.astype(np.float32)
-    low = (cumulative - high).astype(np.float32)
-    # Entry k covers s < k. Past the last step, ᾱ_prev is 1 or ᾱ_0.
-    before_all = 0 if schedule.set_alpha_to_one else 1
-    end, start = t + 1, jnp.where(prev_t >= 0, prev_t + 1, before_all)
+    return np.array([np.prod(alphas[a : b + 1]) for a, b in zip(first, last, strict=True)])
 
-    def between(table):
-        table = jnp.asarray(table)
-        return table[end] - table[start]
 
-    return jnp.where(between(zeros) > 0, 1.0, -jnp.expm1(between(high) + between(low)))
+def _divide(numerator: Column, denominator: Column) -> Column:
+    """0 where the denominator is 0."""
+    safe = np.where(denominator == 0, 1, denominator)
+    return np.where(denominator == 0, 0, numerator / safe)

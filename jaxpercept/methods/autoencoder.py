@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpercept import losses
-from jaxpercept.methods.denoising import per_example
+from jaxpercept.diffusion.noise import per_example
 from jaxpercept.methods.latent_model import LatentModel, Params
 from jaxpercept.methods.one_step import to_signed
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from jaxpercept.diffusion.sampler import ddim_sample
+from jaxpercept.diffusion import sampler
+from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.schedule import GENPERCEPT
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
@@ -127,13 +128,5 @@ class TextToImage:
 
         channels = self.model.vae.config.latent_channels
         noise = jax.random.normal(key, (batch, *latent_size, channels))
-        _, latent = ddim_sample(self.model.schedule, predict, noise, num_steps)
+        _, latent = sampler.sample(sampler.ddim(self.model.schedule, num_steps), predict, noise)
         return jnp.clip(decode_latents(self.model.vae, params["vae"], latent), -1, 1)
-
-
-def per_example(key: Array, index: Int[Array, " b"], draw) -> Array:
-    """One draw per example that depends on the key and the example's index alone.
-
-    Rows may then come in any order, from any host, on any number of devices.
-    """
-    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(index)

@@ -162,7 +162,7 @@ def test_one_step_at_a_given_timestep_gives_x0(rng):
     schedule = NoiseSchedule.from_config(
         {**CONFIG, "prediction_type": "sample", "clip_sample": False}
     )
-    steps = sampler.ddpm(schedule, 1, timesteps=np.array([999]))
+    steps = sampler.ddpm(schedule, 1, timesteps=(999,))
     latents = jnp.asarray(rng.normal(size=(2, 4, 4, 4)), jnp.float32)
     last, x0 = sampler.sample(steps, lambda x, t: x * t[0], latents)
     np.testing.assert_array_equal(last, x0)

@@ -6,7 +6,7 @@ worked out beforehand, in float64, safely where ᾱ = 0.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,10 +109,24 @@ def sample(
 # ---- solvers -------------------------------------------------------------------------------------
 
 
-def ddim(schedule: NoiseSchedule, num_steps: int, *, eta: float = 0.0) -> Steps:
-    """Song et al. 2021, arXiv 2010.02502; `eta` 0 is deterministic, 1 as noisy as DDPM."""
-    t = schedule.timesteps(num_steps)
-    prev_t = schedule.previous_timesteps(num_steps)
+def ddim(
+    schedule: NoiseSchedule,
+    num_steps: int,
+    *,
+    timesteps: Sequence[int] | None = None,
+    eta: float = 0.0,
+) -> Steps:
+    """Song et al. 2021, arXiv 2010.02502.
+
+    Args:
+      timesteps: descending, each step leads to the next; None for the schedule's `num_steps`.
+      eta: 0 is deterministic, 1 as noisy as DDPM.
+    """
+    if timesteps is None:
+        t, prev_t = schedule.timesteps(num_steps), schedule.previous_timesteps(num_steps)
+    else:
+        t = np.asarray(timesteps)
+        prev_t = np.append(t[1:], -1)
     levels = _Levels.at(schedule, t)
     before = _alpha_before(schedule, prev_t, float(schedule.final_alpha_cumprod))
     variance = np.zeros(num_steps)
@@ -137,7 +151,7 @@ def ddpm(
     schedule: NoiseSchedule,
     num_steps: int,
     *,
-    timesteps: Int[np.ndarray, "n"] | None = None,
+    timesteps: Sequence[int] | None = None,
     variance_type: str = "fixed_small",
 ) -> Steps:
     """Ho et al. 2020, arXiv 2006.11239, eq. 6 and 7, each step to the next of the timesteps.
@@ -296,13 +310,20 @@ class Solver:
             options["eta"] = eta
         return cls(schedule, class_name, tuple(sorted(options.items())))
 
-    def steps(self, num_steps: int) -> Steps:
+    def steps(self, num_steps: int, timesteps: Sequence[int] | None = None) -> Steps:
         """The table of `num_steps` steps.
+
+        Args:
+          num_steps: how many.
+          timesteps: descending, instead of those the schedule would take.
 
         Raises:
           UserError: the number does not fit the schedule, or x_0 cannot be computed.
         """
-        return _SOLVERS[self.class_name][0](self.schedule, num_steps, **dict(self.options))
+        options = dict(self.options)
+        if timesteps is not None:
+            options["timesteps"] = timesteps
+        return _SOLVERS[self.class_name][0](self.schedule, num_steps, **options)
 
 
 # Function, and the keys of the config it reads.

@@ -110,10 +110,10 @@ def test_loops_equal_diffusers(rng, monkeypatch, name, prediction_type, spacing,
     for num_steps in (1, 4):
         got = ours(config, latents, num_steps, key=key, eta=eta)
         want = theirs(monkeypatch, config, latents, num_steps, key=key, eta=eta)
+        # With zero terminal SNR the Euler solvers start at sigma = 4096.
+        tolerance = 1e-4 if name.startswith("Euler") and zero_snr else 2e-5
         for a, b in zip(got, want, strict=True):
-            np.testing.assert_allclose(
-                a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max(), err_msg=num_steps
-            )
+            assert np.abs(a - b).max() <= tolerance * np.abs(b).max(), num_steps
 
 
 @pytest.mark.parametrize("to_one", [False, True])
@@ -132,7 +132,7 @@ def test_stochastic_steps_in_float64(rng, to_one):
     want = np.sqrt(before) * x0 + np.sqrt(1 - before - variance) * epsilon
     want += np.sqrt(variance) * noise
     got = steps.next_of_x * x + steps.next_of_output * output + steps.next_of_x0 * x0
-    np.testing.assert_allclose(got + steps.next_of_noise * noise, want, atol=1e-6)
+    np.testing.assert_allclose(got + steps.next_of_noise * noise, want, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("solver", [sampler.ddim, sampler.ddpm])

@@ -111,7 +111,7 @@ def test_loops_equal_diffusers(rng, monkeypatch, name, prediction_type, spacing,
         got = ours(config, latents, num_steps, key=key, eta=eta)
         want = theirs(monkeypatch, config, latents, num_steps, key=key, eta=eta)
         # With zero terminal SNR the Euler solvers start at sigma = 4096.
-        tolerance = 1e-4 if name.startswith("Euler") and zero_snr else 2e-5
+        tolerance = 2e-4 if name.startswith("Euler") and zero_snr else 5e-5
         for a, b in zip(got, want, strict=True):
             assert np.abs(a - b).max() <= tolerance * np.abs(b).max(), num_steps
 

@@ -1,4 +1,4 @@
-"""Typed configs of the three networks, read from a checkpoint's config.json.
+"""Typed configs of the networks, read from a checkpoint's config.json.
 
 Each class lists the keys it understands as fields, the keys whose only supported value is fixed in
 `FIXED`, and the keys without effect here in `INERT`. Anything else in the file is an error that
@@ -7,7 +7,7 @@ diffusers 0.42 and transformers 5, which old files rely on when they lack a key.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from jaxpercept.errors import UserError
@@ -116,6 +116,19 @@ class _JsonConfig:
         """The content of a valid config.json, `_class_name` first."""
         fields = {f.name: _thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {"_class_name": self.CLASS_NAME, **fields}
+
+
+def config_of(content: Mapping[str, Any], kinds: Sequence[type[ConfigT]]) -> ConfigT:
+    """Reads a config.json's content as that of `kinds` which its `_class_name` names.
+
+    Without a `_class_name` it is the first. Raises UserError for another class, and as from_dict.
+    """
+    class_name = content.get("_class_name", kinds[0].CLASS_NAME)
+    for kind in kinds:
+        if class_name == kind.CLASS_NAME:
+            return kind.from_dict(content)
+    supported = " and ".join(kind.CLASS_NAME for kind in kinds)
+    raise UserError(f"the config describes a {class_name}; supported: {supported}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +289,54 @@ class VAEConfig(_JsonConfig):
     def downsampling(self) -> int:
         """Image pixels per latent pixel along an axis: 8 for four levels."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderTinyConfig(_JsonConfig):
+    """AutoencoderTiny, the distilled autoencoder known as TAESD."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    latent_channels: int = 4
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    scaling_factor: int | float = 1.0
+    # The range in which diffusers stores latents as bytes; neither encode nor decode reads them.
+    latent_magnitude: int | float = 3
+    latent_shift: int | float = 0.5
+
+    CLASS_NAME: ClassVar[str] = "AutoencoderTiny"
+    FIXED: ClassVar[dict[str, tuple]] = {
+        "act_fn": ("relu",),
+        "upsample_fn": ("nearest",),
+        "upsampling_scaling_factor": (2,),
+        "shift_factor": (None, 0),
+    }
+    # diffusers sets both itself: block_out_channels to the decoder's, force_upcast to false.
+    INERT: ClassVar[frozenset[str]] = frozenset({"block_out_channels", "force_upcast"})
+
+    def __post_init__(self):
+        self._require_positive("in_channels", "out_channels", "latent_channels", "scaling_factor")
+        levels = len(self.encoder_block_out_channels)
+        for key in ("encoder_block_out_channels", "decoder_block_out_channels"):
+            widths = getattr(self, key)
+            ok = len(widths) == levels > 0 and widths[0] > 0 and len(set(widths)) == 1
+            # The convolution between two levels keeps the width.
+            self._require(key, f"one positive width, repeated for {max(levels, 1)} levels", ok)
+        for key in ("num_encoder_blocks", "num_decoder_blocks"):
+            blocks = getattr(self, key)
+            ok = len(blocks) == levels and min(blocks) >= 0
+            self._require(key, f"{levels} numbers of blocks (one a level)", ok)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel along an axis: 8 for four levels."""
+        return 2 ** (len(self.encoder_block_out_channels) - 1)
+
+
+AutoencoderConfig = VAEConfig | AutoencoderTinyConfig
 
 
 @dataclasses.dataclass(frozen=True)

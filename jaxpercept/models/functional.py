@@ -18,10 +18,16 @@ from flax import nnx, traverse_util
 from jaxtyping import Array, Float, Key
 
 from jaxpercept.models.attention import IMPLEMENTATIONS
-from jaxpercept.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxpercept.models.config import (
+    AutoencoderTinyConfig,
+    CLIPTextConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from jaxpercept.models.dpt import DPTConfig, DPTHead
 from jaxpercept.models.layers import DType
 
-Config = UNetConfig | VAEConfig | CLIPTextConfig
+Config = UNetConfig | VAEConfig | AutoencoderTinyConfig | CLIPTextConfig | DPTConfig
 
 REMATS = ("none", "block")
 
@@ -30,7 +36,7 @@ REMATS = ("none", "block")
 class Functional:
     """A module's structure. Equal and hashable by what it was made from; holds no arrays.
 
-    config: the network's config; dtype, remat, attention: see `functional`.
+    config: the network's config; dtype, remat, attention, head: see `functional`.
     graphdef: NNX's static description. shapes: {path: jax.ShapeDtypeStruct}, parameters in float32.
     """
 
@@ -38,6 +44,7 @@ class Functional:
     dtype: np.dtype
     remat: str
     attention: str
+    head: bool
     graphdef: Any = dataclasses.field(compare=False, repr=False)
     shapes: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(compare=False, repr=False)
 
@@ -77,29 +84,38 @@ class Functional:
 
 
 def functional(
-    config: Config, *, dtype: DType = jnp.float32, remat: str = "none", attention: str = "auto"
+    config: Config,
+    *,
+    dtype: DType = jnp.float32,
+    remat: str = "none",
+    attention: str = "auto",
+    head: bool = True,
 ) -> Functional:
     """The network of a config, without weights or memory; the config's type picks the class.
 
     dtype: compute dtype; parameters are cast to it where used, statistics stay float32.
     remat: "none", or "block" to recompute each block in the backward pass.
     attention: see `attention.dot_product_attention`.
+    head: False for a UNet without conv_norm_out and conv_out, whose `features` alone can be called.
 
-    Raises ValueError for an unknown remat or attention.
+    Raises ValueError for an unknown remat or attention, and for another network without its head.
     """
     if remat not in REMATS:
         raise ValueError(f"remat {remat!r} is none of {', '.join(REMATS)}")
     if attention not in IMPLEMENTATIONS:
         raise ValueError(f"attention {attention!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    return _build(config, jnp.dtype(dtype), remat, attention)
+    if not head and not isinstance(config, UNetConfig):
+        raise ValueError("head=False is for a UNetConfig")
+    return _build(config, jnp.dtype(dtype), remat, attention, head)
 
 
 @functools.cache
-def _build(config: Config, dtype: np.dtype, remat: str, attention: str) -> Functional:
-    make = functools.partial(
-        _module_class(config), config, dtype=dtype, remat=remat, attention=attention
-    )
-    return Functional(config, dtype, remat, attention, *abstract(make))
+def _build(config: Config, dtype: np.dtype, remat: str, attention: str, head: bool) -> Functional:
+    options = {"dtype": dtype, "remat": remat, "attention": attention}
+    if not head:
+        options["head"] = False
+    make = functools.partial(_module_class(config), config, **options)
+    return Functional(config, dtype, remat, attention, head, *abstract(make))
 
 
 def abstract(make: Callable[[], nnx.Module]) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
@@ -143,10 +159,13 @@ def _module_class(config: Config) -> type[nnx.Module]:
     from jaxpercept.models.clip import CLIPTextModel
     from jaxpercept.models.unet import UNet2DConditionModel
     from jaxpercept.models.vae import AutoencoderKL
+    from jaxpercept.models.vae_tiny import AutoencoderTiny
 
     classes = {
         UNetConfig: UNet2DConditionModel,
         VAEConfig: AutoencoderKL,
+        AutoencoderTinyConfig: AutoencoderTiny,
         CLIPTextConfig: CLIPTextModel,
+        DPTConfig: DPTHead,
     }
     return classes[type(config)]

@@ -181,6 +181,7 @@ class UNet2DConditionModel(nnx.Module):
 
     remat: "none", or "block" to recompute each residual block and its transformer in the backward
     pass, keeping only their inputs.
+    head: False leaves conv_norm_out and conv_out away; only `features` can be called then.
     """
 
     def __init__(
@@ -190,9 +191,11 @@ class UNet2DConditionModel(nnx.Module):
         dtype: DType = jnp.float32,
         remat: str = "none",
         attention: str = "auto",
+        head: bool = True,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.head = head
         widths = config.block_out_channels
         time_channels = 4 * widths[0]
         options = {"dtype": dtype, "remat": remat, "attention": attention}
@@ -207,10 +210,11 @@ class UNet2DConditionModel(nnx.Module):
         self.down_blocks = nnx.List([DownBlock(config, i, **options) for i in levels])
         self.mid_block = MidBlock(config, **options)
         self.up_blocks = nnx.List([UpBlock(config, i, **options) for i in levels])
-        self.conv_norm_out = GroupNorm(
-            config.norm_num_groups, widths[0], eps=config.norm_eps, dtype=dtype
-        )
-        self.conv_out = Conv2d(widths[0], config.out_channels, dtype=dtype)
+        if head:
+            self.conv_norm_out = GroupNorm(
+                config.norm_num_groups, widths[0], eps=config.norm_eps, dtype=dtype
+            )
+            self.conv_out = Conv2d(widths[0], config.out_channels, dtype=dtype)
 
     def _embed_time(
         self,
@@ -243,8 +247,24 @@ class UNet2DConditionModel(nnx.Module):
 
         class_labels: the task vector of class_embed_type "projection" (Lotus: sin, cos of the
           switch, 4 numbers).
-        return_features: also return each up block's output, lowest resolution first, after its
-          upsampler and before conv_norm_out (GenPercept's DPT head reads these, recipes.md 1.3).
+        return_features: also return what `features` does.
+        """
+        if not self.head:
+            raise ValueError("this UNet was built with head=False: call its features method")
+        features = self.features(sample, timesteps, encoder_hidden_states, class_labels)
+        x = self.conv_out(self.conv_norm_out(features[-1], silu=True))
+        return (x, tuple(features)) if return_features else x
+
+    def features(
+        self,
+        sample: Float[Array, "b h w c_in"],
+        timesteps: Float[Array, "b"] | Int[Array, "b"],
+        encoder_hidden_states: Float[Array, "b l d"],
+        class_labels: Float[Array, "b k"] | None = None,
+    ) -> list[Array]:
+        """Each up block's output, lowest resolution first, after its upsampler.
+
+        A DPT head reads these (dpt.py); conv_norm_out and conv_out read the last one.
         """
         time = self._embed_time(timesteps, class_labels)
         context = encoder_hidden_states.astype(self.dtype)
@@ -261,5 +281,4 @@ class UNet2DConditionModel(nnx.Module):
             size = skips[remaining - 1].shape[1:3] if remaining else None
             x = block(x, skips, time, context, size)
             features.append(x)
-        x = self.conv_out(self.conv_norm_out(x, silu=True))
-        return (x, tuple(features)) if return_features else x
+        return features

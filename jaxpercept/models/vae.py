@@ -180,12 +180,14 @@ class AutoencoderKL(nnx.Module):
 def encode_mean(
     vae: Functional, params: Mapping[str, Any], x: Float[Array, "b H W i"]
 ) -> Float[Array, "b h w c"]:
-    """Scaled latent of an image in [-1, 1]: the posterior's mean times scaling_factor, float32.
+    """Scaled latent of an image in [-1, 1], float32: what it encodes to times scaling_factor.
 
-    Deterministic, as GenPercept encodes images and targets (recipes.md 1.2).
+    Of an AutoencoderKL the posterior's mean, as GenPercept encodes images and targets (recipes.md
+    1.2); an AutoencoderTiny encodes to the latent itself.
     """
-    mean, _ = jnp.split(vae.bind(params).encode(x), 2, axis=-1)
-    return mean.astype(jnp.float32) * vae.config.scaling_factor
+    # The mean's channels come first, and an AutoencoderTiny has no others.
+    latent = vae.bind(params).encode(x)[..., : vae.config.latent_channels]
+    return latent.astype(jnp.float32) * vae.config.scaling_factor
 
 
 def decode_latents(

@@ -9,10 +9,11 @@ from jaxtyping import Array, Bool, Float
 
 from jaxpercept import losses
 from jaxpercept.errors import UserError
+from jaxpercept.tasks.base import AffineTask
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthTask:
+class DepthTask(AffineTask):
     """Depth up to scale and shift, as GenPercept and Marigold train it.
 
     Attributes:
@@ -23,7 +24,6 @@ class DepthTask:
 
     name: ClassVar[str] = "depth"
     kind: ClassVar[str] = "affine_depth"
-    channels: ClassVar[int] = 1
     loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1", "ssi", "grad")
     # GenPercept's main depth runs.
     default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0, "ssi": 0.5, "grad": 2.0}
@@ -86,10 +86,6 @@ class DepthTask:
             "grad": lambda: losses.gradient(pred, truth, mask, self.vertical_gradient),
         }
         return {name: weight * terms[name]() for name, weight in weights.items()}
-
-    def to_prediction(self, decoded: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-        """Depth in [0, 1], near 0 and far 1: the mean channel, clipped to [−1, 1] and rescaled."""
-        return (jnp.clip(self.decode(decoded), -1, 1) + 1) / 2
 
 
 DEPTH = DepthTask()

@@ -1,33 +1,52 @@
-"""Files of a prediction, colours and panels."""
+"""Kinds of predictions: their files and pictures."""
 
 import json
 
 import numpy as np
 import pytest
-import torch
 from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
 from PIL import Image
 
-from jaxpercept.inference.outputs import atomic, save_json, save_prediction, spectral
-from jaxpercept.inference.panel import PanelRow, panel
+from jaxpercept.errors import UserError
+from jaxpercept.inference.outputs import (
+    ENDINGS,
+    KINDS,
+    Options,
+    atomic,
+    picture,
+    pictures,
+    save_json,
+    save_prediction,
+    target_names,
+)
+from jaxpercept.inference.panel import panel, spectral, uncertainty_picture
+
+PROPERTIES = {
+    "target_names": ["albedo", "material"],
+    "albedo": {"prediction_space": "linear", "up_to_scale": True},
+    "material": {
+        "prediction_space": "stack",
+        "sub_target_names": ["roughness", "metallicity", None],
+    },
+}
+CHANNELS = {kind: meaning.channels or 6 for kind, meaning in KINDS.items()}
 
 
-def test_colours_are_those_of_marigold(rng):
-    values = rng.random((20, 30))
-    values[0, :3] = 0, 1, 0.5
-    reference = MarigoldImageProcessor.visualize_depth(torch.from_numpy(values))[0]
-    # Marigold cuts fractions of a colour level off; they are rounded here.
-    difference = np.abs(spectral(values).astype(int) - np.asarray(reference).astype(int))
-    assert difference.max() <= 1
-    assert spectral(values)[0, 0].tolist() == [158, 1, 66]
-    assert spectral(values)[0, 1].tolist() == [94, 79, 162]
+def predicted(rng, kind, size=(12, 17)):
+    values = rng.random((*size, CHANNELS[kind]), np.float32)
+    if kind == "normals":
+        values = rng.normal(size=values.shape).astype(np.float32)
+        values /= np.linalg.norm(values, axis=-1, keepdims=True)
+    return values * 8 if kind == "metric_depth" else values
 
 
-def test_colours_of_what_is_outside():
-    colours = spectral(np.array([[-1.0, 0.0, 1.0, 2.0, np.nan, np.inf]]))[0]
-    assert (colours[0] == colours[1]).all()
-    assert (colours[2] == colours[3]).all()
-    assert colours[4:].tolist() == [[40] * 3] * 2
+def options_of(kind):
+    return {"target_properties": PROPERTIES} if kind == "intrinsics" else {}
+
+
+def opened(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def test_files_of_a_depth_prediction(tmp_path, rng):
@@ -43,11 +62,11 @@ def test_files_of_a_depth_prediction(tmp_path, rng):
     array = np.load(tmp_path / "sub/photo.npy")
     assert array.dtype == np.float32
     np.testing.assert_array_equal(array, prediction[..., 0])
-    sixteen = np.asarray(Image.open(tmp_path / "sub/photo_16bit.png"))
+    sixteen = opened(tmp_path / "sub/photo_16bit.png")
     assert sixteen.dtype == np.uint16
     np.testing.assert_allclose(sixteen / 65535, prediction[..., 0], atol=0.51 / 65535)
     assert sixteen[0, :2].tolist() == [0, 65535]
-    coloured = np.asarray(Image.open(tmp_path / "sub/photo.png"))
+    coloured = opened(tmp_path / "sub/photo.png")
     np.testing.assert_array_equal(coloured, spectral(prediction[..., 0]))
 
     record = json.loads((tmp_path / "sub/photo.json").read_text())
@@ -57,6 +76,161 @@ def test_files_of_a_depth_prediction(tmp_path, rng):
     assert (record["height"], record["width"]) == (12, 17)
     assert (record["seed"], record["checkpoint"]) == (3, "runs/x")
     assert record["files"] == ["photo.npy", "photo.png", "photo_16bit.png"]
+    assert record["units_per_value"] == {"photo_16bit.png": 65535}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_every_kind(tmp_path, rng, kind):
+    prediction = predicted(rng, kind)
+    options = options_of(kind)
+    image = rng.integers(0, 256, (24, 34, 3)).astype(np.uint8)
+    uncertainty = rng.random((12, 17, 6 if kind == "intrinsics" else 1), np.float32)
+    paths = save_prediction(
+        tmp_path, "a", kind, prediction, {}, uncertainty=uncertainty, panel_of=image, **options
+    )
+    assert sorted(paths) == sorted(tmp_path.iterdir())
+    # No other image's outputs may be called like one of these.
+    assert {path.name.removeprefix("a") for path in paths} <= set(ENDINGS)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["kind"] == kind
+    assert record["convention"] == KINDS[kind].convention
+    assert {*record["files"], "a.json"} == {path.name for path in paths}
+
+    values = np.load(tmp_path / "a.npy")
+    assert values.dtype == np.float32
+    if kind == "intrinsics":
+        assert values.shape == (2, 12, 17, 3)
+        np.testing.assert_array_equal(np.concatenate(list(values), axis=-1), prediction)
+    else:
+        expected = prediction[..., 0] if CHANNELS[kind] == 1 else prediction
+        np.testing.assert_array_equal(values, expected)
+        low, high = KINDS[kind].range
+        assert low <= values.min() <= values.max() <= high
+    np.testing.assert_array_equal(opened(tmp_path / "a.png"), picture(kind, prediction, **options))
+    columns = {"image": image, **pictures(kind, prediction, **options)}
+    columns["uncertainty"] = uncertainty_picture(uncertainty)
+    np.testing.assert_array_equal(opened(tmp_path / "a_panel.png"), panel([columns]))
+    np.testing.assert_array_equal(opened(tmp_path / "a_uncertainty.png"), columns["uncertainty"])
+    if kind == "intrinsics":
+        split = np.stack([uncertainty[..., :3], uncertainty[..., 3:]])
+        np.testing.assert_array_equal(np.load(tmp_path / "a_uncertainty.npy"), split)
+    else:
+        saved = np.load(tmp_path / "a_uncertainty.npy")
+        np.testing.assert_array_equal(saved, uncertainty[..., 0])
+
+
+def test_disparity_is_drawn_like_depth_and_written_as_it_is(tmp_path, rng):
+    prediction = predicted(rng, "affine_disparity")
+    prediction[0, :2, 0] = 0, 1
+    drawn = picture("affine_disparity", prediction)
+    # Near, 1, is red; far, 0, is violet.
+    assert drawn[0, :2].tolist() == [[94, 79, 162], [158, 1, 66]]
+    np.testing.assert_array_equal(drawn, picture("affine_depth", 1 - prediction))
+    save_prediction(tmp_path, "a", "affine_disparity", prediction, {})
+    sixteen = opened(tmp_path / "a_16bit.png")
+    np.testing.assert_allclose(sixteen / 65535, prediction[..., 0], atol=0.51 / 65535)
+
+
+def test_metric_depth_in_millimetres(tmp_path, rng):
+    prediction = rng.uniform(0.5, 8, (12, 17, 1)).astype(np.float32)
+    prediction[0, :4, 0] = np.nan, 0, 70, np.inf
+    save_prediction(tmp_path, "a", "metric_depth", prediction, {})
+    millimetres = opened(tmp_path / "a_16bit.png")
+    # What does not fit is no measurement, rather than a wrong one.
+    assert millimetres[0, :4].tolist() == [0, 0, 0, 0]
+    np.testing.assert_allclose(millimetres[1:], prediction[1:, :, 0] * 1000, atol=0.501)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["range"] == [0, None]
+    assert record["units_per_value"] == {"a_16bit.png": 1000}
+    drawn = opened(tmp_path / "a.png")
+    assert (drawn[0, [0, 1, 3]] == 40).all()
+    assert drawn[0, 2].tolist() == [94, 79, 162]
+    # Fixed limits do not depend on the image.
+    fixed = picture("metric_depth", prediction, limits=(0.0, 10.0))
+    np.testing.assert_array_equal(fixed[1:], spectral(prediction[1:, :, 0] / 10))
+    with pytest.raises(UserError, match="no range"):
+        Options(limits=(5.0, 1.0))
+
+
+@pytest.mark.parametrize("convention", ["opengl", "opencv"])
+def test_normals_in_both_conventions(tmp_path, rng, convention):
+    prediction = predicted(rng, "normals")
+    save_prediction(tmp_path, "a", "normals", prediction, {}, normals_convention=convention)
+    values = np.load(tmp_path / "a.npy")
+    signs = (1, 1, 1) if convention == "opengl" else (1, -1, -1)
+    np.testing.assert_array_equal(values, prediction * np.float32(signs))
+    flip = convention == "opencv"
+    (reference,) = MarigoldImageProcessor.visualize_normals(prediction, flip_y=flip, flip_z=flip)
+    drawn = opened(tmp_path / "a.png")
+    assert np.abs(drawn.astype(int) - np.asarray(reference).astype(int)).max() <= 1
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["normals_convention"] == convention
+    y, z = ("up", "towards") if convention == "opengl" else ("down", "away from")
+    assert f"+x right, +y {y}, +z {z} the viewer" in record["convention"]
+
+
+def test_masks_as_bytes(tmp_path, rng):
+    for kind in ("mask", "alpha"):
+        prediction = predicted(rng, kind)
+        prediction[0, :2, 0] = 0, 1
+        save_prediction(tmp_path, kind, kind, prediction, {})
+        mask = opened(tmp_path / f"{kind}_mask.png")
+        assert mask.dtype == np.uint8
+        assert mask[0, :2].tolist() == [0, 255]
+        np.testing.assert_allclose(mask / 255, prediction[..., 0], atol=0.501 / 255)
+        np.testing.assert_array_equal(
+            opened(tmp_path / f"{kind}.png"), mask[..., None].repeat(3, -1)
+        )
+
+
+def test_colours_are_shown_as_they_are(rng):
+    prediction = predicted(rng, "colors")
+    np.testing.assert_allclose(picture("colors", prediction) / 255, prediction, atol=0.501 / 255)
+
+
+def test_intrinsics_are_drawn_by_target(tmp_path, rng):
+    prediction = predicted(rng, "intrinsics")
+    save_prediction(tmp_path, "a", "intrinsics", prediction, {}, target_properties=PROPERTIES)
+    targets = prediction.reshape(12, 17, 2, 3).transpose(2, 0, 1, 3)
+    # diffusers wants an entry for the channels, even an empty one.
+    entries = {"roughness": {}, "metallicity": {}}
+    (reference,) = MarigoldImageProcessor.visualize_intrinsics(targets, PROPERTIES | entries)
+    assert set(reference) == {"albedo", "material", "roughness", "metallicity"}
+    for name, image in reference.items():
+        drawn = opened(tmp_path / f"a_{name}.png")
+        # Two levels: see the test of `draw_targets`.
+        assert np.abs(drawn.astype(int) - np.asarray(image).astype(int)).max() <= 2, name
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["target_properties"] == PROPERTIES
+    assert opened(tmp_path / "a.png").shape == (12, 4 * 17, 3)
+
+
+def test_what_does_not_fit_is_refused(tmp_path, rng):
+    wrong = {
+        "need target_properties": (6, None),
+        "has 3 channels": (3, PROPERTIES),
+        "cannot name a file": (3, {"target_names": ["../albedo"]}),
+        "none of 16bit, mask": (3, {"target_names": ["mask"]}),
+        "each name once": (6, {"target_names": ["albedo", "albedo"]}),
+        "three sub_target_names": (
+            3,
+            {"target_names": ["a"], "a": {"prediction_space": "stack", "sub_target_names": ["b"]}},
+        ),
+    }
+    for message, (channels, properties) in wrong.items():
+        prediction = rng.random((4, 5, channels), np.float32)
+        with pytest.raises(UserError, match=message):
+            save_prediction(
+                tmp_path, "a", "intrinsics", prediction, {}, target_properties=properties
+            )
+    assert target_names(PROPERTIES) == ["albedo", "roughness", "metallicity", "material"]
+    with pytest.raises(UserError, match="opengl or opencv"):
+        picture("normals", predicted(rng, "normals"), normals_convention="omnidata")
+    with pytest.raises(ValueError, match="3 channels"):
+        picture("normals", predicted(rng, "mask"))
+    with pytest.raises(TypeError, match="colour"):
+        picture("normals", predicted(rng, "normals"), colour="red")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -74,38 +248,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         save_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
-
-
-def _row(rng, height, width) -> PanelRow:
-    truth = rng.uniform(1, 5, (height, width, 1)).astype(np.float32)
-    return PanelRow(
-        rgb=rng.integers(0, 256, (height, width, 3)).astype(np.uint8),
-        truth=truth,
-        valid=np.ones((height, width, 1), bool),
-        prediction=truth.copy(),
-    )
-
-
-def test_panel_shows_truth_and_prediction_in_one_range(rng):
-    row = _row(rng, 200, 300)
-    row.valid[:50] = False
-    row.truth[:50] = 0
-    picture = panel([row])
-    assert picture.dtype == np.uint8
-    assert picture.shape[1] == 3 * 300 + 2 * 4
-    cells = picture[-200:]
-    truth, prediction = cells[:, 304:604], cells[:, 608:908]
-    np.testing.assert_array_equal(cells[:, :300], row.rgb)
-    # Equal depths have equal colours, and what is not measured is grey.
-    np.testing.assert_array_equal(truth[50:], prediction[50:])
-    assert (truth[:50] == 40).all()
-    assert not (prediction[:50] == 40).all(axis=-1).any()
-
-
-def test_panel_of_different_and_of_small_images(rng):
-    picture = panel([_row(rng, 24, 32), _row(rng, 64, 32)])
-    assert picture.shape[1] == 3 * 256 + 8
-    assert picture.shape[0] > 192 + 512
-    empty = _row(rng, 24, 32)
-    empty.valid[:] = False
-    assert panel([empty]).shape[1] == 3 * 256 + 8

@@ -47,9 +47,10 @@ def make_inputs(args: Any, resolution: int) -> Inputs:
 
 
 def jax_parts(args: Any, params: Any, inputs: Inputs) -> dict[str, Callable[[], jax.Array]]:
-    """Each part as a call that waits for its result, compiled; `whole` is OneStep.predict."""
+    """Each part as a call that waits for its result, compiled; `whole` is what a pipeline runs."""
     model = common.jax_model(args.size, args.dtype)
     method = OneStep(model, DEPTH, TimestepPolicy(), inference_timestep=TIMESTEP)
+    perception = method.perception
 
     def encode(params: Any, rgb: jax.Array) -> jax.Array:
         return encode_mean(model.vae, params["vae"], to_signed(rgb))
@@ -63,7 +64,7 @@ def jax_parts(args: Any, params: Any, inputs: Inputs) -> dict[str, Callable[[], 
         return decode_latents(model.vae, params["vae"], latent)
 
     def whole(params: Any, rgb: jax.Array) -> jax.Array:
-        return method.predict(params, rgb)[0]
+        return perception.predict(params, perception.encode(params, to_signed(rgb)))[0]
 
     def compiled(part: Callable, x: jax.Array) -> Callable[[], jax.Array]:
         began = time.perf_counter()

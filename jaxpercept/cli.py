@@ -71,6 +71,43 @@ def call(
         return 130
 
 
+def define_model_flags(flag_values: flags.FlagValues) -> None:
+    """The flags by which commands open a checkpoint and predict with it."""
+    text = {
+        "task": "What the checkpoint predicts, where its files do not say: depth, disparity, "
+        "normals, dis, matting or seg.",
+        "family": "How, where its files do not say: genpercept, rgb_blending, marigold, e2e_ft, "
+        "lotus_d or lotus_g.",
+        "base": "The text-to-image checkpoint that has what this one lacks, such as GenPercept's.",
+        "vae": "An autoencoder instead of the checkpoint's own; a tiny one (TAESD) is faster.",
+        "decoder": "An autoencoder that decodes instead of the checkpoint's own.",
+    }
+    for name, meaning in text.items():
+        flags.DEFINE_string(name, None, meaning, flag_values=flag_values)
+    flags.DEFINE_integer(
+        "vae_tile",
+        0,
+        "The autoencoder works in overlapping tiles of so many pixels; 0: in one piece.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_integer(
+        "num_inference_steps",
+        None,
+        "Denoising steps; default: the model's.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_integer(
+        "ensemble_size",
+        1,
+        "Predictions for each image that are merged into one; for models that draw noise.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_boolean(
+        "flip", False, "Also predict for the mirrored image, and merge.", flag_values=flag_values
+    )
+    flags.DEFINE_integer("seed", 0, "Of the noise.", flag_values=flag_values)
+
+
 def initialize_distributed() -> None:
     """Join the other processes of a multi-process run, if this is one.
 
@@ -159,6 +196,7 @@ def _help(main: Callable[[], Any], flag_values: flags.FlagValues) -> str:
     module = sys.modules[main.__module__]
     own = flag_values.flags_by_module_dict()
     names = {main.__module__, module.__name__, sys.argv[0], getattr(module, "__file__", "")}
+    names.add(__name__)  # the flags that several commands share
     listed = [flag for name, group in own.items() if name in names for flag in group]
     lines = [(module.__doc__ or "").strip(), "", "flags:"]
     for flag in listed:

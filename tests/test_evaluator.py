@@ -254,8 +254,8 @@ def write_zip(folder, rng) -> None:
 
 def test_predictions_that_are_not_finite_are_named(mixed):
     class Broken(Mirror):
-        def predict(self, params, rgb):
-            return rgb * np.nan, rgb
+        def predict(self, params, image, noise=None, **options):
+            return image * np.nan, image
 
     test = Evaluator(Broken(), "folder", data_dir=mixed[0], mesh=ONE_DEVICE, **NATIVE)
     with pytest.raises(UserError, match="room/0 is not finite"):

@@ -16,6 +16,7 @@ from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods import build_method
+from jaxpercept.methods.one_step import to_signed
 from jaxpercept.models.config import CLIPTextConfig
 from jaxpercept.models.functional import functional
 
@@ -175,7 +176,13 @@ def test_one_step_prediction_is_one_unet_pass_at_the_inference_timestep(model, r
     params, modules = model
     batch = depth_batch(rng, rows=2)
     m = method(inference_timestep=500)
-    ours, ours_latent = jax.jit(m.predict)(params, batch["rgb"])
+
+    @jax.jit
+    def predict(params, rgb):
+        image = m.perception.encode(params, to_signed(rgb))
+        return m.perception.predict(params, image)
+
+    ours, ours_latent = predict(params, batch["rgb"])
     with torch.no_grad():
         f, *_ = genpercept(params, modules, batch, torch.tensor([500, 500]))
         decoded = modules["vae"].decode(-f / SCALE).sample

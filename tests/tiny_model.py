@@ -113,13 +113,23 @@ def save(folder: Path, rng: np.random.Generator, **changes: Any) -> Path:
 
 
 class Mirror:
-    """A method without weights: the decoded image is the network's input, and so is the latent."""
+    """A model without weights: the decoded image is the network's input, and so is the latent."""
 
     task = DEPTH
+    recipe = types.SimpleNamespace(draws_noise=False, num_steps=1)
+    targets = 1
 
     def __init__(self, downscale: int = 8):
         self.model = types.SimpleNamespace(downscale=downscale)
 
-    def predict(self, params: Any, rgb: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(self, params: Any, rgb: jax.Array) -> jax.Array:
+        """The input."""
+        return rgb
+
+    def predict(self, params: Any, image: jax.Array, noise: Any = None, **options: Any):
         """The input twice."""
-        return rgb, rgb
+        return image, image
+
+    def to_prediction(self, decoded: jax.Array) -> jax.Array:
+        """Depth, as if the image showed it."""
+        return self.task.to_prediction(decoded)

@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from jaxpercept.errors import UserError
-from jaxpercept.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxpercept.models.config import (
+    AutoencoderTinyConfig,
+    CLIPTextConfig,
+    UNetConfig,
+    VAEConfig,
+    config_of,
+)
+from jaxpercept.models.dpt import DPTConfig
 
 FILE_NAME = "jaxpercept.json"
 FORMAT = 1
-_CONFIG_CLASSES = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
+_AUTOENCODERS = (VAEConfig, AutoencoderTinyConfig)
+_CONFIG_CLASSES = {
+    "unet": (UNetConfig,),
+    "vae": _AUTOENCODERS,
+    "text_encoder": (CLIPTextConfig,),
+    "decoder": _AUTOENCODERS,
+    "head": (DPTConfig,),
+}
 
 
 def architectures(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -26,7 +40,7 @@ def architectures(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         raise UserError(
             f"the component {unknown[0]!r} is unknown: use {', '.join(_CONFIG_CLASSES)}."
         )
-    return {name: _CONFIG_CLASSES[name].from_dict(config) for name, config in configs.items()}
+    return {name: config_of(config, _CONFIG_CLASSES[name]) for name, config in configs.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +50,13 @@ class Description:
     Attributes:
         components: the architecture of each network, by component name.
         scheduler: the base checkpoint's scheduler_config.json.
-        method: the config's `method` section, `{"name": ..., options}`; empty for a bare
-            text-to-image checkpoint.
+        method: the config's `method` section, `{"name": ..., options}`; empty for a checkpoint
+            that was not trained here.
+        recipe: arguments of `methods.recipe.Recipe.of` for a perception model that was not trained
+            here, `{"family": ..., changes}`.
         task: the task's name; empty for a bare text-to-image checkpoint.
+        task_options: the task's attributes that the checkpoint decides.
+        model_index: content of the checkpoint's model_index.json.
         resolution: (height, width) in pixels the model was trained at.
         base_checkpoint: what the training started from.
         config: the whole training config, for the record.
@@ -47,7 +65,10 @@ class Description:
     components: dict[str, Any]
     scheduler: dict[str, Any]
     method: dict[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     task: str = ""
+    task_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model_index: dict[str, Any] = dataclasses.field(default_factory=dict)
     resolution: tuple[int, int] | None = None
     base_checkpoint: str = ""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -3,11 +3,15 @@
     model_index.json  unet/config.json  unet/diffusion_pytorch_model.safetensors  vae/...
     text_encoder/config.json  text_encoder/model.safetensors  tokenizer/  scheduler/
 
+An autoencoder can also be a folder of its own, as madebyollin/taesd is:
+
+    config.json  diffusion_pytorch_model.safetensors
+
 Only safetensors are read: a pickle can run code.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,21 +37,32 @@ from jaxpercept.checkpoints.weights import (
     write_weights,
 )
 from jaxpercept.errors import UserError
-from jaxpercept.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxpercept.models.config import (
+    AutoencoderConfig,
+    AutoencoderTinyConfig,
+    CLIPTextConfig,
+    UNetConfig,
+    VAEConfig,
+    config_of,
+)
+from jaxpercept.models.dpt import DPTConfig, published_tensors
 from jaxpercept.models.functional import functional
 
 __all__ = [
     "Checkpoint",
     "load",
+    "load_autoencoder",
+    "load_parts",
     "load_tokenizer",
     "read_configs",
     "save",
+    "save_autoencoder",
     "tokenize",
     "widen",
     "widen_conv_in",
 ]
 
-Config = UNetConfig | VAEConfig | CLIPTextConfig
+Config = UNetConfig | AutoencoderConfig | CLIPTextConfig | DPTConfig
 Params = dict[str, dict[str, Any]]
 
 # The diffusers version whose file format `save` writes.
@@ -55,16 +70,26 @@ _DIFFUSERS_VERSION = "0.42.1"
 
 
 class _Component(NamedTuple):
-    config: type
+    configs: tuple[type, ...]  # the first where config.json has no _class_name
     stem: str  # of the weight files
     library: str
 
 
 COMPONENTS = {
-    "unet": _Component(UNetConfig, "diffusion_pytorch_model", "diffusers"),
-    "vae": _Component(VAEConfig, "diffusion_pytorch_model", "diffusers"),
-    "text_encoder": _Component(CLIPTextConfig, "model", "transformers"),
+    "unet": _Component((UNetConfig,), "diffusion_pytorch_model", "diffusers"),
+    "vae": _Component((VAEConfig, AutoencoderTinyConfig), "diffusion_pytorch_model", "diffusers"),
+    "text_encoder": _Component((CLIPTextConfig,), "model", "transformers"),
 }
+
+_TOP_FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+)
+_DPT_HEAD = "dpt_head_identity"
+
+# Folder of each component to read within the checkpoint: its name, or "" for the checkpoint's own.
+_Places = dict[str, str]
 
 # What `save` may find in a folder that an interrupted `save` left without its model_index.json.
 _OWN_NAMES = {*COMPONENTS, "tokenizer", "scheduler", "model_index.json", "jaxpercept.json"}
@@ -112,12 +137,102 @@ def load(
         not fit the supported architectures; a tensor holds NaN or infinity.
     """
     folder, checkpoint = _open(str(path_or_hub_id), components, variant)
-    for name in components:
-        shapes = functional(checkpoint.configs[name]).shapes
-        weights = folder / name / _weight_file(folder / name, name, variant)
-        tensors = open_weights(weights)
-        checkpoint.params[name] = to_jax(shapes, tensors, where=str(weights), dtype=dtype)
+    for name, config in checkpoint.configs.items():
+        checkpoint.params[name] = _read_params(folder / name, name, config, variant, dtype)
     return checkpoint
+
+
+def load_autoencoder(
+    path_or_hub_id: str | Path, *, variant: str | None = None, dtype: str | None = "float32"
+) -> tuple[AutoencoderConfig, dict[str, Any]]:
+    """Config and parameters of an AutoencoderKL or AutoencoderTiny alone.
+
+    Args:
+      path_or_hub_id: an autoencoder's own folder or hub repository ("madebyollin/taesd"), or a
+        whole checkpoint, of which only `vae/` is read.
+      variant, dtype: as `load`.
+
+    Raises:
+      UserError: as `load`.
+    """
+
+    def places(folder: Path) -> _Places:
+        return {"vae": "vae" if (folder / "vae").is_dir() else ""}
+
+    patterns = [name for place in ("", "vae") for name in _small_files(place)]
+    folder = _folder(str(path_or_hub_id), patterns, places, variant)
+    _check_complete(folder, places(folder), variant)
+    folder /= places(folder)["vae"]
+    config = _read_config(folder / "config.json", COMPONENTS["vae"].configs)
+    return config, _read_params(folder, "vae", config, variant, dtype)
+
+
+def load_parts(
+    path_or_hub_id: str | Path,
+    *,
+    components: Sequence[str] = ("unet", "vae", "text_encoder"),
+    variant: str | None = None,
+    dtype: str | None = "float32",
+) -> Checkpoint:
+    """What a checkpoint has of the components; `configs` and `params` hold no others.
+
+    A folder with config.json and weights of its own is taken for a UNet, as GenPercept publishes
+    them ("guangkaixu/genpercept-models/unet_depth_v2" on the hub), beside `vae/`. A UNet without
+    output convolution needs a DPT head, which is looked for in `dpt_head_identity/`, inside or
+    beside it, and becomes the component "head".
+
+    Args:
+      path_or_hub_id, variant, dtype: as `load`; a hub id may go on with a folder's name.
+      components: the networks wanted.
+
+    Raises:
+      UserError: as `load`, for the components that are there.
+    """
+    source = str(path_or_hub_id)
+    repo, inside = _split(source)
+
+    def places(folder: Path) -> _Places:
+        every = {name: f"{_inside(inside)}{name}" for name in components}
+        if _is_network(folder / inside):
+            every = {"unet": inside, "vae": "vae"}
+        there = [name for name in every if (folder / every[name] / "config.json").is_file()]
+        return {name: every[name] for name in there}
+
+    patterns = [f"{_inside(inside)}{name}" for name in _TOP_FILES]
+    patterns += [f"*{_DPT_HEAD}/*"]
+    for place in (inside, "vae", *(f"{_inside(inside)}{name}" for name in components)):
+        patterns += _small_files(place)
+    top = _folder(repo, patterns, places, variant)
+    found = places(top)
+    _check_complete(top, found, variant)
+    checkpoint = _describe(top / inside, {}, source)
+    for name, place in found.items():
+        folder = top / place
+        config = _read_config(folder / "config.json", COMPONENTS[name].configs)
+        headless = name == "unet" and _lacks_output(folder, variant)
+        checkpoint.configs[name] = config
+        checkpoint.params[name] = _read_params(folder, name, config, variant, dtype, not headless)
+        if headless:
+            head, checkpoint.params["head"] = _read_head(_find_head(folder), config, dtype)
+            checkpoint.configs["head"] = head
+    return checkpoint
+
+
+def save_autoencoder(
+    folder: str | Path,
+    config: AutoencoderConfig,
+    params: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+) -> None:
+    """Writes an autoencoder's own folder, which `load_autoencoder` and diffusers read.
+
+    Raises:
+      UserError: the folder holds something else, or a weight is not finite in `dtype`.
+    """
+    folder = Path(folder)
+    _check_own(folder, "config.json", {f"{COMPONENTS['vae'].stem}.safetensors"}, "autoencoder")
+    _save_component(folder, "vae", config, params, dtype)
 
 
 def read_configs(
@@ -138,14 +253,22 @@ def _open(source: str, components: Sequence[str], variant: str | None) -> tuple[
     """The local folder, all its files there, and the checkpoint with no weights read."""
     if unknown := set(components) - COMPONENTS.keys():
         raise ValueError(f"unknown components {sorted(unknown)}; there are {list(COMPONENTS)}")
-    folder = _folder(source, components, variant)
-    _check_complete(folder, components, variant)
+    places = {name: name for name in components}
+    patterns = [*_TOP_FILES, *(name for place in components for name in _small_files(place))]
+    folder = _folder(source, patterns, lambda _: places, variant)
+    _check_complete(folder, places, variant)
+    configs = {
+        name: _read_config(folder / name / "config.json", COMPONENTS[name].configs)
+        for name in components
+    }
+    return folder, _describe(folder, configs, source)
+
+
+def _describe(folder: Path, configs: dict[str, Config], source: str) -> Checkpoint:
+    """A checkpoint with no weights read."""
     tokenizer = folder / "tokenizer"
-    return folder, Checkpoint(
-        configs={
-            name: _read_config(folder / name / "config.json", COMPONENTS[name].config)
-            for name in components
-        },
+    return Checkpoint(
+        configs=configs,
         params={},
         scheduler=_read_if_there(folder / "scheduler" / "scheduler_config.json"),
         tokenizer_dir=None if missing_tokenizer_files(tokenizer) else tokenizer,
@@ -154,7 +277,7 @@ def _open(source: str, components: Sequence[str], variant: str | None) -> tuple[
     )
 
 
-def save(folder: str | Path, checkpoint: Checkpoint, *, dtype: str = "float32") -> None:
+def save(folder: str | Path, checkpoint: Checkpoint, *, dtype: str | None = "float32") -> None:
     """Writes a diffusers folder that diffusers' `from_pretrained` loads.
 
     Each file appears complete or not at all, model_index.json last. The components are those of
@@ -165,21 +288,27 @@ def save(folder: str | Path, checkpoint: Checkpoint, *, dtype: str = "float32") 
         finite in `dtype` ("float32", "float16", "bfloat16").
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose a folder to save to.")
-    names = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    if "model_index.json" not in names and not names <= _OWN_NAMES:
-        raise UserError(
-            f"{folder} is not empty and holds no diffusers checkpoint; choose another folder."
-        )
+    _check_own(folder, "model_index.json", _OWN_NAMES, "diffusers checkpoint")
     for name, config in checkpoint.configs.items():
         _save_component(folder / name, name, config, checkpoint.params[name], dtype)
     if checkpoint.scheduler:
         (folder / "scheduler").mkdir(parents=True, exist_ok=True)
         write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
     if checkpoint.tokenizer_dir is not None:
-        _copy_tokenizer(checkpoint.tokenizer_dir, folder / "tokenizer")
+        copy_tokenizer(checkpoint.tokenizer_dir, folder / "tokenizer")
     write_json(folder / "model_index.json", _model_index(checkpoint))
+
+
+def _check_own(folder: Path, last: str, others: Collection[str], what: str) -> None:
+    """Raises a UserError where saving to a folder would mix with what is no `what`.
+
+    `last` is the file that is written last; an interrupted call leaves some of the `others`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose a folder to save to.")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if last not in names and not names <= {*others}:
+        raise UserError(f"{folder} is not empty and holds no {what}; choose another folder.")
 
 
 def widen_conv_in(
@@ -213,8 +342,16 @@ def widen(checkpoint: Checkpoint, factor: int = 2, halve_bias: bool = False) -> 
     )
 
 
-def _folder(source: str, components: Sequence[str], variant: str | None) -> Path:
-    """The local folder behind a path or hub id; downloads what the components need."""
+def _folder(
+    source: str,
+    small_files: Collection[str],
+    places: Callable[[Path], _Places],
+    variant: str | None,
+) -> Path:
+    """The local folder behind a path or hub id; downloads what the components need.
+
+    `places` tells from the folder of the small files where the components are.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -223,25 +360,33 @@ def _folder(source: str, components: Sequence[str], variant: str | None) -> Path
             f"{source} is a single file; give a diffusers folder (convert a .ckpt or .safetensors "
             "file with diffusers' StableDiffusionPipeline.from_single_file and save_pretrained)."
         )
-    small = ["model_index.json", "scheduler/scheduler_config.json"]
-    small += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
-    for name in components:
-        small += [f"{name}/config.json", f"{name}/*.index*.json"]
 
     def weights(names: Collection[str], folder: Path) -> list[str]:
         needed = []
-        for name in components:
-            inside = [n.removeprefix(f"{name}/") for n in names if n.startswith(f"{name}/")]
-            file = weight_file(inside, COMPONENTS[name].stem, variant, f"{source}/{name}")
+        for name, place in places(folder).items():
+            inside = [n[len(_inside(place)) :] for n in names if n.startswith(_inside(place))]
+            where = f"{source}/{place}".rstrip("/")
+            file = weight_file(inside, COMPONENTS[name].stem, variant, where)
             if file is None:
-                _check_no_pickle(f"{source}/{name}", inside)
+                _check_no_pickle(where, inside)
             elif file.endswith(".json"):
-                needed += [f"{name}/{shard}" for shard in shard_names(folder / name / file)]
+                shards = shard_names(folder / place / file)
+                needed += [_inside(place) + shard for shard in shards]
             else:
-                needed.append(f"{name}/{file}")
+                needed.append(_inside(place) + file)
         return needed
 
-    return hub.fetch(source, small, weights)
+    return hub.fetch(source, small_files, weights)
+
+
+def _inside(place: str) -> str:
+    """What the names of a component's files start with."""
+    return f"{place}/" if place else ""
+
+
+def _small_files(place: str) -> list[str]:
+    """Patterns of a component's files without weights."""
+    return [f"{_inside(place)}config.json", f"{_inside(place)}*.index*.json"]
 
 
 def _weight_file(folder: Path, component: str, variant: str | None) -> str | None:
@@ -249,18 +394,19 @@ def _weight_file(folder: Path, component: str, variant: str | None) -> str | Non
     return weight_file(names, COMPONENTS[component].stem, variant, str(folder))
 
 
-def _check_complete(folder: Path, components: Sequence[str], variant: str | None) -> None:
+def _check_complete(folder: Path, places: _Places, variant: str | None) -> None:
     """Raises one UserError that lists every file missing."""
     missing = []
-    for name in components:
-        if not (folder / name / "config.json").is_file():
-            missing.append(f"{name}/config.json")
-        if _weight_file(folder / name, name, variant) is None:
-            if (folder / name).is_dir():
-                _check_no_pickle(str(folder / name), [p.name for p in (folder / name).iterdir()])
+    for name, place in places.items():
+        if not (folder / place / "config.json").is_file():
+            missing.append(f"{_inside(place)}config.json")
+        if _weight_file(folder / place, name, variant) is None:
+            if (folder / place).is_dir():
+                names = [path.name for path in (folder / place).iterdir()]
+                _check_no_pickle(str(folder / place), names)
             suffix = f".{variant}" if variant else ""
-            missing.append(f"{name}/{COMPONENTS[name].stem}{suffix}.safetensors")
-    if "text_encoder" in components:
+            missing.append(f"{_inside(place)}{COMPONENTS[name].stem}{suffix}.safetensors")
+    if "text_encoder" in places:
         missing += [f"tokenizer/{name}" for name in missing_tokenizer_files(folder / "tokenizer")]
     if missing:
         raise UserError(
@@ -280,15 +426,68 @@ def _check_no_pickle(folder: str, names: Collection[str]) -> None:
         )
 
 
-def _read_config(path: Path, kind: type) -> Config:
+def _read_config(path: Path, kinds: Sequence[type]) -> Config:
     content = read_json(path)
-    class_name = content.get("_class_name", kind.CLASS_NAME)
-    if class_name != kind.CLASS_NAME:
-        raise UserError(f"{path} describes a {class_name}; only {kind.CLASS_NAME} is supported.")
     try:
-        return kind.from_dict(content)
+        return config_of(content, kinds)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _read_params(
+    folder: Path,
+    component: str,
+    config: Config,
+    variant: str | None,
+    dtype: str | None,
+    head: bool = True,
+) -> dict[str, Any]:
+    """The parameters in a component's folder that `_check_complete` has accepted."""
+    file = folder / _weight_file(folder, component, variant)
+    shapes = functional(config, head=head).shapes
+    return to_jax(shapes, open_weights(file), where=str(file), dtype=dtype)
+
+
+def _split(source: str) -> tuple[str, str]:
+    """("owner/name", "folder") of "owner/name/folder"; of a local network, parent and name."""
+    path = Path(source).expanduser()
+    if path.exists():
+        path = path.resolve()
+        return (str(path.parent), path.name) if _is_network(path) else (source, "")
+    parts = source.split("/")
+    if len(parts) < 3 or not all(parts):
+        return source, ""
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def _is_network(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "unet").is_dir()
+
+
+def _lacks_output(folder: Path, variant: str | None) -> bool:
+    tensors = open_weights(folder / _weight_file(folder, "unet", variant))
+    return not any(name.startswith(("conv_out.", "conv_norm_out.")) for name in tensors)
+
+
+def _find_head(unet: Path) -> Path:
+    """The safetensors file of the DPT head that belongs to a UNet without output convolution."""
+    for folder in (unet, unet.parent, unet.parent.parent):
+        for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+            if (folder / _DPT_HEAD / name).is_file():
+                return folder / _DPT_HEAD / name
+    raise UserError(
+        f"{unet} has no output convolution: it needs GenPercept's DPT head in "
+        f"{unet.parent / _DPT_HEAD}/model.safetensors, which is not there; download it."
+    )
+
+
+def _read_head(file: Path, unet: UNetConfig, dtype: str | None) -> tuple[DPTConfig, dict[str, Any]]:
+    """A DPT head for that UNet; its file comes without a config.json."""
+    tensors, name = open_weights(file), "neck.convs.0.weight"
+    width = tensors[name].shape[0] if name in tensors else DPTConfig.fusion_hidden_size
+    config = DPTConfig(neck_hidden_sizes=unet.block_out_channels, fusion_hidden_size=width)
+    tensors = published_tensors(tensors, config)
+    return config, to_jax(functional(config).shapes, tensors, where=str(file), dtype=dtype)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
@@ -296,11 +495,12 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def _save_component(
-    folder: Path, name: str, config: Config, params: Mapping[str, Any], dtype: str
+    folder: Path, name: str, config: Config, params: Mapping[str, Any], dtype: str | None
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = COMPONENTS[name].stem
-    write_weights(folder / f"{stem}.safetensors", to_torch(params), DTYPES[dtype])
+    kind = None if dtype is None else DTYPES[dtype]
+    write_weights(folder / f"{stem}.safetensors", to_torch(params), kind)
     content = config.to_dict()
     if "_class_name" in content:
         content["_diffusers_version"] = _DIFFUSERS_VERSION
@@ -311,7 +511,7 @@ def _save_component(
             old.unlink()
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

@@ -43,7 +43,10 @@ def describe(
 
 
 def load_model(
-    source: str, *, components: Sequence[str] = ("unet", "vae", "text_encoder")
+    source: str,
+    *,
+    components: Sequence[str] = ("unet", "vae", "text_encoder"),
+    dtype: str | None = "float32",
 ) -> tuple[Description, Params]:
     """Open a checkpoint of any kind.
 
@@ -51,6 +54,8 @@ def load_model(
         source: a training workdir, an Orbax export, a diffusers folder, a hub id or "sd-tiny".
         components: the networks wanted of a diffusers checkpoint; a jaxpercept checkpoint gives
             what it holds.
+        dtype: of a diffusers checkpoint's weights, None for the type they are stored in; others
+            are as they were saved.
 
     Returns:
         The description and the weights as NumPy arrays. The component "prompt" holds the encoded
@@ -61,13 +66,14 @@ def load_model(
     """
     folder = Path(resolve(source))
     if not (folder / FILE_NAME).is_file():
-        checkpoint, params = _load_diffusers(str(folder), components)
+        checkpoint, params = _load_diffusers(str(folder), components, dtype)
         return _description(checkpoint), params
     description = Description.load(folder)
     if (folder / orbax.WEIGHTS).is_dir():
         return description, orbax.load_params(folder / orbax.WEIGHTS)
     if (folder / "model_index.json").is_file():
-        return description, _load_diffusers(str(folder), tuple(description.components))[1]
+        networks = [name for name in description.components if name in diffusers.COMPONENTS]
+        return description, _load_diffusers(str(folder), networks, dtype)[1]
     step = latest_step(folder)
     if step is None:
         raise UserError(
@@ -103,8 +109,10 @@ def latest_step(workdir: Path) -> int | None:
     return max(steps, default=None)
 
 
-def _load_diffusers(source: str, components: Sequence[str]) -> tuple[diffusers.Checkpoint, Params]:
-    checkpoint = diffusers.load(source, components=tuple(components))
+def _load_diffusers(
+    source: str, components: Sequence[str], dtype: str | None
+) -> tuple[diffusers.Checkpoint, Params]:
+    checkpoint = diffusers.load(source, components=tuple(components), dtype=dtype)
     params = checkpoint.params
     if "text_encoder" in checkpoint.configs:
         params["prompt"] = {"embedding": encode_empty_prompt(checkpoint)}
@@ -115,20 +123,28 @@ def _description(checkpoint: diffusers.Checkpoint) -> Description:
     return Description(
         components=checkpoint.configs,
         scheduler=checkpoint.scheduler,
+        model_index=checkpoint.model_index,
         base_checkpoint=checkpoint.source,
     )
 
 
-def encode_empty_prompt(checkpoint: diffusers.Checkpoint) -> np.ndarray:
-    """The text encoder's output for "", not padded: float32 [1, 2, d].
+def encode_empty_prompt(checkpoint: diffusers.Checkpoint, *, padded: bool = False) -> np.ndarray:
+    """The text encoder's output for "": float32 [1, 2, d], or [1, length, d] padded.
 
     GenPercept and Marigold tokenise the empty prompt without padding, which leaves the start and
-    the end token [GenPercept `genpercept_trainer.py`].
+    the end token [GenPercept `genpercept_trainer.py`]; Lotus pads it to the text tower's length.
+
+    Raises:
+        UserError: padding is asked for, and there is no tokenizer to say with what.
     """
     config = checkpoint.configs["text_encoder"]
     ids = np.asarray([[config.bos_token_id, config.eos_token_id]], np.int32)
     if checkpoint.tokenizer_dir is not None:
-        ids = tokenize(load_tokenizer(checkpoint.tokenizer_dir), [""], None)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
+        length = min(tokenizer.model_max_length, config.max_position_embeddings)
+        ids = tokenize(tokenizer, [""], length if padded else None)
+    elif padded:
+        raise UserError(f"{checkpoint.source} has no tokenizer, which padding its prompt needs.")
     encoder = functional(config)
     encode = jax.jit(lambda params, ids: encoder.bind(params)(ids))
     return np.asarray(encode(checkpoint.params["text_encoder"], ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,27 @@ def load_params(folder: Path) -> Params:
                     "or use another checkpoint."
                 )
     return params
+
+
+def load_sharded(folder: Path, place: Callable[[Any], Any]) -> Params:
+    """Read weights straight to the devices of any mesh, each process and device its part.
+
+    Args:
+        folder: written by `save_params` or by a training run, on whatever devices.
+        place: from the tree of shapes to one of shardings, such as
+            `lambda shapes: sharding.tree_shardings(shapes, mesh)`.
+
+    Raises:
+        UserError: the folder is no complete Orbax checkpoint.
+    """
+    shapes = load_shapes(folder)
+    arguments = jax.tree.map(
+        lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding), place(shapes)
+    )
+    with _complaint(folder):
+        return array_handler().restore(
+            folder.resolve(), args=ocp.args.PyTreeRestore(item=shapes, restore_args=arguments)
+        )
 
 
 def load_shapes(folder: Path) -> dict[str, Any]:

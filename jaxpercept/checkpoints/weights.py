@@ -140,36 +140,41 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def write_weights(
-    path: Path, tensors: Mapping[str, Shaped[np.ndarray, "..."]], dtype: np.dtype
+    path: Path, tensors: Mapping[str, Shaped[np.ndarray, "..."]], dtype: np.dtype | None
 ) -> None:
     """Writes one safetensors file with PyTorch's metadata, copying a few rows at a time.
+
+    With no dtype each tensor keeps its own.
 
     The library's own writer holds two copies of all tensors: 7 GB for SD 2.1's UNet.
 
     Raises:
       UserError: a value is not finite, or becomes infinite in `dtype` (the tensor is named).
     """
-    kind = next(name for name, value in FLOAT_TYPES.items() if value == dtype)
+    kinds = {value: name for name, value in FLOAT_TYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in sorted(tensors.items()):
-        start, end = end, end + tensor.size * np.dtype(dtype).itemsize
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        own = np.dtype(dtype or tensor.dtype)
+        start, end = end, end + tensor.size * own.itemsize
+        shape = list(tensor.shape)
+        header[name] = {"dtype": kinds[own], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # readers map the data: it starts at a multiple of 8
 
     with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in sorted(tensors.items()):
+            own = np.dtype(dtype or tensor.dtype)
             # The tensors are transposed views; a few rows at a time bound the memory of a copy.
             rows = 32 if tensor.ndim > 1 else max(tensor.size, 1)
             for start in range(0, tensor.shape[0], rows):
                 with np.errstate(over="ignore"):
-                    values = np.ascontiguousarray(tensor[start : start + rows], dtype)
+                    values = np.ascontiguousarray(tensor[start : start + rows], own)
                 if not np.isfinite(values).all():
                     raise UserError(
                         f"Tensor {name} holds values that are not finite in "
-                        f"{np.dtype(dtype).name}; save it as float32, or check the training if it "
+                        f"{own.name}; save it as float32, or check the training if it "
                         "was NaN before."
                     )
                 file.write(values.reshape(-1).view(np.uint8))

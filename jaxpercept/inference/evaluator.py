@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from jaxpercept.data.datasets import Record, open_dataset
 from jaxpercept.errors import UserError
+from jaxpercept.inference.options import Options
 from jaxpercept.inference.panel import PanelRow
 from jaxpercept.inference.predictor import (
     Params,
-    PerceptionMethod,
+    PerceptionModel,
     Predictor,
     plan_batches,
     resolve_resolution,
@@ -41,6 +42,7 @@ _PLAUSIBLE = (0.01, 1000.0)
 _FIELDS = ("rgb", "depth", "valid")
 _ALIGN = {"least_square": align_least_squares, "least_square_disparity": align_disparity}
 ALIGNMENTS = tuple(_ALIGN)
+_KIND_ALIGN = {"affine_depth": None, "affine_disparity": "least_square_disparity"}
 _SCORES = ("valid_pixels", *METRICS, *(f"constant_{name}" for name in METRICS))
 
 
@@ -65,14 +67,14 @@ class EvalResult:
 
 
 class Evaluator:
-    """Evaluates one-step depth models on one dataset, again and again.
+    """Evaluates models of depth or disparity on one dataset, again and again.
 
     Construction reads every image once, so that a damaged one, an empty mask or a wrong unit is
     reported before anything is compiled; small datasets then stay in memory. A second `run` with
     other weights compiles nothing.
 
     Args:
-        method: what predicts.
+        perception: what predicts.
         dataset: a row of `data.datasets`.
         mesh: where weights and batches live; every process of it must construct and run alike.
         resolution: (height, width) of the training images: the default processing resolution, and
@@ -84,7 +86,9 @@ class Evaluator:
         processing_resolution: long side in pixels the network works at; None: that of
             `resolution`; 0: each image's own.
         limit: evaluate this many images, spread evenly; 0: all.
-        alignment: how predictions are fitted to the truth; None takes the dataset's.
+        alignment: how predictions are fitted to the truth; None takes the dataset's, and for a
+            model of disparity a fit in disparity.
+        options: steps, ensemble and noise of the prediction.
         pictures: how many rows of `EvalResult.pictures` to make.
         overrides: values that replace the dataset row's: `min_depth`, `max_depth`, `eval_crop`.
         progress: show progress bars.
@@ -95,7 +99,7 @@ class Evaluator:
 
     def __init__(
         self,
-        method: PerceptionMethod,
+        perception: PerceptionModel,
         dataset: str,
         *,
         mesh: Mesh,
@@ -107,36 +111,43 @@ class Evaluator:
         processing_resolution: int | None = None,
         limit: int = 0,
         alignment: str | None = None,
+        options: Options | None = None,
         pictures: int = 4,
         overrides: Mapping[str, Any] | None = None,
         progress: bool = True,
     ):
         if batch_size < 1 or limit < 0:
             raise UserError(f"give batch_size >= 1 and limit >= 0, not {batch_size} and {limit}.")
-        options = dict(overrides or {})
+        kind = perception.task.kind
+        if kind not in _KIND_ALIGN:
+            raise UserError(
+                f"a model of {kind} cannot be evaluated yet, only one of depth or disparity."
+            )
+        row_options = dict(overrides or {})
         if depth_scale is not None:
-            options["depth_scale"] = depth_scale
+            row_options["depth_scale"] = depth_scale
         self._records = open_dataset(
             dataset,
             split=split,
             data_dir=data_dir,
             resolution=resolution,
             evaluation=True,
-            **options,
+            **row_options,
         )
         row = self._records.dataset
         if "depth" not in row.provides:
             raise UserError(f"the dataset {dataset!r} has no depth to evaluate against.")
-        self._alignment = alignment or row.alignment
+        self._alignment = alignment or _KIND_ALIGN[kind] or row.alignment
         if self._alignment not in ALIGNMENTS:
             raise UserError(
                 f"the alignment {self._alignment!r} is unknown: use {' or '.join(ALIGNMENTS)}."
             )
         self._mesh = mesh
         self._resolution = resolve_resolution(
-            processing_resolution, resolution, method.model.downscale
+            processing_resolution, resolution, perception.model.downscale
         )
-        self._predictor = Predictor(method, mesh)
+        self._predictor = Predictor(perception, mesh)
+        self._options = options or Options()
         # Scores are replicated: with several processes, each then holds all of them. The aligned
         # maps, large and wanted for a few pictures only, stay where they are.
         self._batch_sharding = NamedSharding(mesh, sharding.BATCH)
@@ -169,6 +180,10 @@ class Evaluator:
             "evaluation_crop": row.eval_crop,
             "depth_scale": row.depth_scale,
             "processing_resolution": self._resolution,
+            "num_inference_steps": self._options.num_steps or perception.recipe.num_steps,
+            "ensemble_size": self._options.ensemble_size,
+            "flip": self._options.flip,
+            "seed": self._options.seed,
             "average": "mean over images of per-image metrics",
         }
 
@@ -191,7 +206,15 @@ class Evaluator:
             ) as bar,
         ):
             for items, arrays in self._loaded(threads):
-                prediction, _ = self._predictor(params, arrays["rgb"], resolution=self._resolution)
+                prediction = self._predictor(
+                    params,
+                    arrays["rgb"],
+                    resolution=self._resolution,
+                    options=self._options,
+                    first=items[0],
+                ).prediction
+                if self._options.members > 1:  # merged on this process's first device
+                    prediction = np.asarray(prediction)
                 scores, aligned = self._score(prediction, arrays["depth"], arrays["valid"])
                 # The devices work on this batch while the host collects the one before.
                 if pending is not None:

@@ -37,7 +37,7 @@ def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
     dataset = options.pop("dataset")
     own = config["data"]["options"].get(dataset, {})
     evaluator = Evaluator(
-        setup.method,
+        setup.method.perception,
         dataset,
         mesh=mesh,
         resolution=setup.description.resolution,

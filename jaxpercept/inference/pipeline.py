@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from jaxpercept.checkpoints.description import Description
-from jaxpercept.checkpoints.load import latest_step, load_model
+from jaxpercept.checkpoints.load import latest_step
 from jaxpercept.errors import UserError
 from jaxpercept.inference.images import to_batch
+from jaxpercept.inference.opening import open_perception, perception_of
+from jaxpercept.inference.options import Options, check_options
 from jaxpercept.inference.outputs import KINDS
 from jaxpercept.inference.predictor import (
     Params,
+    Prediction,
     Predictor,
     local_mesh,
     plan_batches,
+    processing_size,
     put_rows,
     resolve_resolution,
+    to_signed_float,
 )
-from jaxpercept.methods import OneStep, build_method
+from jaxpercept.inference.sequence import SharedScale, next_latents
+from jaxpercept.inference.tiles import cut_tiles, merge_tiles, plan_tiles
+from jaxpercept.inference.weights import place_weights
+from jaxpercept.resize import resize
 from jaxpercept.training import sharding
 
-DTYPES = ("float32", "bfloat16", "float16")
+# Merging tiles by a task's `merge`.
+_TILES = {"affine": "affine", "normals": "unit", "average": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +48,11 @@ class PerceptionOutput:
     """Predictions of N images, and what they are.
 
     Attributes:
-        prediction: float32 [N, h, w, c], diffusers' Marigold conventions.
-        uncertainty: float32 [N, h, w, 1], only where several predictions were merged.
-        latent: float32 [N, i, j, c], what the prediction was decoded from, padding included.
+        prediction: float32 [N, h, w, c], diffusers' Marigold conventions; [N T, h, w, 3] of a
+            model of T intrinsic images.
+        uncertainty: float32 [N, h, w, d], only where several predictions were merged.
+        latent: float32 [N E, i, j, k], what the E predictions for each image were decoded from,
+            padding included.
         kind: the kind of prediction, a key of `outputs.KINDS`.
         range: least and largest value.
         convention: what the values mean.
@@ -47,11 +60,14 @@ class PerceptionOutput:
         checkpoint: what was opened.
         step: the training step, where the checkpoint is a training workdir.
         seed: the seed given; deterministic models do not use it.
+        num_inference_steps: denoising steps made.
+        ensemble_size: predictions merged for each image.
+        target_properties: of a model of intrinsic images, what its targets are.
     """
 
     prediction: Float[np.ndarray, "n h w c"]
-    uncertainty: Float[np.ndarray, "n h w 1"] | None
-    latent: Float[np.ndarray, "n i j k"]
+    uncertainty: Float[np.ndarray, "n h w d"] | None
+    latent: Float[np.ndarray, "m i j k"]
     kind: str
     range: tuple[float, float]
     convention: str
@@ -59,6 +75,9 @@ class PerceptionOutput:
     checkpoint: str
     step: int | None
     seed: int
+    num_inference_steps: int = 1
+    ensemble_size: int = 1
+    target_properties: dict[str, Any] | None = None
 
 
 class PerceptionPipeline:
@@ -73,6 +92,7 @@ class PerceptionPipeline:
         dtype: compute dtype: "float32", "bfloat16" or "float16".
         mesh: devices to split batches over; None takes all devices of this process.
         attention: attention implementation, "auto" by default.
+        vae_tile: the autoencoder works in overlapping tiles of so many pixels; 0: in one piece.
         checkpoint: the name reported in outputs.
         step: the training step reported in outputs.
     """
@@ -85,39 +105,63 @@ class PerceptionPipeline:
         dtype: str = "float32",
         mesh: Mesh | None = None,
         attention: str = "auto",
+        vae_tile: int = 0,
         checkpoint: str = "",
         step: int | None = None,
     ):
         self.description, self.checkpoint, self.step = description, checkpoint, step
-        self.method = perception_method(
-            description, dtype=dtype, attention=attention, checkpoint=checkpoint
+        self.perception = perception_of(
+            description, dtype=dtype, attention=attention, vae_tile=vae_tile, checkpoint=checkpoint
         )
         self.mesh = local_mesh() if mesh is None else mesh
         self.params = place_weights(params, dtype, self.mesh)
-        self._predictor = Predictor(self.method, self.mesh)
+        self._predictor = Predictor(self.perception, self.mesh)
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_id: str | os.PathLike[str],
         *,
+        task: str | None = None,
+        family: str | None = None,
+        base: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        decoder: str | os.PathLike[str] | None = None,
         dtype: str = "float32",
         mesh: Mesh | None = None,
         attention: str = "auto",
+        vae_tile: int = 0,
     ) -> PerceptionPipeline:
-        """Open a training workdir, an Orbax export, or a diffusers folder or hub id.
+        """Open a checkpoint: a training workdir, an Orbax export, a diffusers folder or hub id.
+
+        Marigold's checkpoints say what they are; `task`, `family` and `base` are for those of
+        others that do not (see `methods.families`).
+
+        Args:
+            path_or_id: the checkpoint.
+            task: what it predicts: "depth", "disparity", "normals", "dis", "matting", "seg".
+            family: how: "genpercept", "rgb_blending", "marigold", "e2e_ft", "lotus_d", "lotus_g".
+            base: the text-to-image checkpoint that has what this one lacks; GenPercept publishes
+                UNets alone.
+            vae: an autoencoder in place of the checkpoint's own, AutoencoderKL or AutoencoderTiny.
+            decoder: an autoencoder that only decodes in the place of the own one.
+            dtype, mesh, attention, vae_tile: see the class.
 
         Raises:
-            UserError: nothing complete there, or a text-to-image model that was never fine-tuned.
+            UserError: nothing complete there; something must be named; or a text-to-image model
+                that was never fine-tuned.
         """
         source = os.fspath(path_or_id)
-        description, params = load_model(source)
+        description, params = open_perception(
+            source, task=task, family=family, base=base, vae=vae, decoder=decoder
+        )
         return cls(
             description,
             params,
             dtype=dtype,
             mesh=mesh,
             attention=attention,
+            vae_tile=vae_tile,
             checkpoint=source,
             step=latest_step(Path(source)),
         )
@@ -134,56 +178,84 @@ class PerceptionPipeline:
         prompt: str = "",
         *,
         batch_size: int | None = None,
+        flip: bool = False,
+        resample_method_input: str = "bilinear",
+        resample_method_output: str = "bilinear",
+        ensembling: Mapping[str, Any] | None = None,
     ) -> PerceptionOutput:
         """Predict for one image, or for several of one size.
 
         Args:
             image: PIL; uint8, uint16 or float [0, 1] array [h, w], [h, w, c] or [n, h, w, c]; or a
                 list of these.
-            num_inference_steps: None or 1 for a one-step model.
-            ensemble_size: 1 for a deterministic model.
-            processing_resolution: long side in pixels at which the network works. None: the long
-                side of the training images; 0: the image's own size.
+            num_inference_steps: None for the model's own number; one-step models take no other.
+            ensemble_size: predictions for each image that are merged into one; 1 for a
+                deterministic model.
+            processing_resolution: long side in pixels at which the network works. None: the
+                model's own (the long side of the training images); 0: the image's own size.
             match_input_resolution: whether the prediction has the image's size or the processing
                 size.
-            latents: None for a one-step model, which starts from the image alone.
-            seed: kept in the output.
+            latents: the noise to start from instead of that of `seed`, a row for each of the
+                ensemble's predictions of each image: [n e, i, j, k], or [n e, k, i, j] as diffusers
+                gives it (where both fit, the first is meant).
+            seed: of the noise. The noise of a prediction depends on the seed and on its number
+                alone, not on batch size or devices.
             prompt: empty for a task that reads no text.
-            batch_size: images at a time; None: one a device.
+            batch_size: predictions at a time; None: one a device.
+            flip: also predict for the mirrored image, and merge.
+            resample_method_input, resample_method_output: "bilinear", "bicubic", "nearest",
+                "nearest-exact" or "area".
+            ensembling: arguments of the ensembling function, see `inference.ensemble`.
 
         Raises:
             UserError: an image or an option that does not fit the model.
         """
-        self._check_options(num_inference_steps, ensemble_size, latents, prompt)
-        resolution = resolve_resolution(
-            processing_resolution, self.description.resolution, self._predictor.factor
+        options = Options(
+            num_steps=num_inference_steps,
+            ensemble_size=ensemble_size,
+            flip=flip,
+            seed=seed,
+            resample_input=resample_method_input,
+            resample_output=resample_method_output,
+            merge=tuple(sorted((ensembling or {}).items())),
         )
-        images = to_batch(image)
-        devices = sharding.batch_devices(self.mesh)
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: give at least 1.")
-        # One key: all images have one size here, and so all batches have the same number of rows.
-        batches = plan_batches([0] * len(images), batch_size or devices, devices)
-        results = []
-        for items, rows in batches:
-            prediction, latent = self._predictor(
-                self.params,
-                put_rows(images[items], rows, self.mesh),
-                resolution=resolution,
-                match_input=match_input_resolution,
+        check_options(self.perception, options)
+        if latents is not None and not self.perception.recipe.draws_noise:
+            raise UserError("this model starts from the image, not from noise: leave latents out.")
+        if prompt:
+            raise UserError(
+                f"the task {self.perception.task.name!r} reads no text: leave the prompt out."
             )
-            results.append((np.asarray(prediction)[: len(items)], np.asarray(latent)[: len(items)]))
-        prediction, latent = (np.concatenate(parts) for parts in zip(*results, strict=True))
+        factor = self.perception.model.downscale
+        resolution = resolve_resolution(processing_resolution, self.description.resolution, factor)
+        images = to_batch(image)
+        if latents is not None:
+            size = processing_size(images.shape[1:3], resolution)
+            latents = self._noise(latents, len(images) * ensemble_size, size)
+        predictions = self._predict(
+            images,
+            batch_size,
+            latents,
+            options=options,
+            resolution=resolution,
+            match_input=match_input_resolution,
+        )
+        prediction, uncertainty, latent = (
+            None if parts[0] is None else np.concatenate(parts).astype(np.float32)
+            for parts in zip(*predictions, strict=True)
+        )
         if not np.isfinite(prediction).all():
             raise UserError(
                 f"{self.checkpoint or 'the model'} predicts values that are not finite: its "
                 "weights are damaged, or need dtype float32 or bfloat16."
             )
-        kind = self.method.task.kind
+        kind = self.perception.task.kind
         return PerceptionOutput(
-            prediction=prediction,
-            uncertainty=None,
-            latent=latent.astype(np.float32),
+            prediction=_targets_apart(prediction, self.perception.targets),
+            uncertainty=None
+            if uncertainty is None
+            else _targets_apart(uncertainty, self.perception.targets),
+            latent=latent,
             kind=kind,
             range=KINDS[kind].range,
             convention=KINDS[kind].convention,
@@ -191,73 +263,196 @@ class PerceptionPipeline:
             checkpoint=self.checkpoint,
             step=self.step,
             seed=seed,
+            num_inference_steps=num_inference_steps or self.perception.recipe.num_steps,
+            ensemble_size=options.members,
+            target_properties=self.description.model_index.get("target_properties"),
         )
 
-    def _check_options(
-        self, num_inference_steps: int | None, ensemble_size: int, latents: Any, prompt: str
-    ) -> None:
-        if num_inference_steps not in (None, 1):
-            raise UserError(
-                f"this model predicts in one step, not {num_inference_steps}: leave "
-                "num_inference_steps out."
+    def tiled(
+        self,
+        image: Any,
+        tile: int,
+        overlap: int | None = None,
+        *,
+        processing_resolution: int = 0,
+        seed: int = 0,
+        **options: Any,
+    ) -> PerceptionOutput:
+        """Predict for one image in overlapping tiles, for images beyond memory or training size.
+
+        The tiles are predicted at their own size and merged without seams (`inference.tiles`);
+        depth and disparity, whose scale and shift differ from tile to tile, are fitted to each
+        other and to a coarse prediction of the whole image.
+
+        Args:
+            image: as for a call, one.
+            tile: side in pixels, a multiple of the autoencoder's factor.
+            overlap: least overlap of neighbours in pixels; None: a quarter of a tile.
+            processing_resolution: long side that the image is resized to before it is cut, 0: its
+                own. The prediction has the image's own size.
+            seed, options: as for a call, but for `latents`.
+
+        Raises:
+            UserError: several images, or tiles or options that do not fit.
+        """
+        factor = self.perception.model.downscale
+        if tile < factor or tile % factor:
+            raise UserError(f"tile {tile} does not fit: give a multiple of {factor}.")
+        resolution = resolve_resolution(processing_resolution, None, factor)
+        images = to_batch(image)
+        if len(images) != 1 or options.get("latents") is not None:
+            raise UserError("tiles are cut of one image at a time, and take no latents.")
+        own = images.shape[1:3]
+        size = processing_size(own, resolution)
+        if size != own:
+            floats = jnp.clip(to_signed_float(images) / 2 + 0.5, 0, 1)
+            images = np.clip(np.asarray(resize(floats, size, "bilinear", antialias=True)), 0, 1)
+        whole = self(images, processing_resolution=tile, seed=seed, **options)
+        places = plan_tiles(size, (tile, tile), tile // 4 if overlap is None else overlap)
+        if len(places) > 1:
+            cut = cut_tiles(images[0], places, (tile, tile))
+            parts = self(cut, processing_resolution=0, seed=seed, **options)
+            task, targets = self.perception.task, self.perception.targets
+            merged = []
+            for target in range(targets):
+                merged.append(
+                    merge_tiles(
+                        parts.prediction[target::targets],
+                        places,
+                        size,
+                        alignment=_TILES[task.merge],
+                        anchor=whole.prediction[target] if task.merge == "affine" else None,
+                    )
+                )
+            whole = dataclasses.replace(
+                whole, prediction=np.stack(merged), latent=parts.latent, uncertainty=None
             )
-        if ensemble_size != 1:
-            raise UserError(
-                f"ensemble_size {ensemble_size} is pointless for a deterministic model, whose "
-                "predictions are all equal: leave it out."
+        prediction = resize(jnp.asarray(whole.prediction), own, "bilinear")
+        if size != own:
+            prediction = self.perception.task.after_resize(prediction)
+        return dataclasses.replace(
+            whole, prediction=np.asarray(prediction), processing_resolution=resolution
+        )
+
+    def sequence(
+        self,
+        frames: Iterable[Any],
+        *,
+        strength: float = 0.1,
+        processing_resolution: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Iterator[PerceptionOutput]:
+        """Predict for the frames of a video, with less flicker.
+
+        All frames start from the same noise, warmed by the last frame's latent; depth and disparity
+        are brought to one scale (`inference.sequence`), on which values may leave [0, 1]: divide by
+        the range of the whole sequence (`sequence.normalise`) where that matters.
+
+        Args:
+            frames: images of one size, in order.
+            strength: share of the last frame's latent in the next frame's noise, 0 for none.
+            processing_resolution, seed, options: as for a call, but for `latents`.
+
+        Raises:
+            UserError: a frame or an option does not fit.
+        """
+        scale = SharedScale() if self.perception.task.merge == "affine" else None
+        noise, previous = None, None
+        for frame in frames:
+            latents = None
+            if self.perception.recipe.draws_noise:
+                if noise is None:
+                    noise = self._fixed_noise(frame, processing_resolution, seed, options)
+                latents = next_latents(noise, previous, strength)
+            out = self(
+                frame,
+                processing_resolution=processing_resolution,
+                latents=latents,
+                seed=seed,
+                **options,
             )
-        if latents is not None:
-            raise UserError("a one-step model takes no noise: leave latents out.")
-        if prompt and not self.method.needs_text:
-            raise UserError(
-                f"the task {self.method.task.name!r} reads no text: leave the prompt out."
+            previous = out.latent
+            if scale is not None:
+                out = dataclasses.replace(out, prediction=scale(out.prediction[0])[None])
+            yield out
+
+    def _fixed_noise(
+        self, frame: Any, resolution: int | None, seed: int, options: Mapping[str, Any]
+    ) -> Float[np.ndarray, "m i j k"]:
+        factor = self.perception.model.downscale
+        resolution = resolve_resolution(resolution, self.description.resolution, factor)
+        size = processing_size(to_batch(frame).shape[1:3], resolution)
+        shape = self._latent_shape(options.get("ensemble_size", 1), size)
+        return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+    def _latent_shape(self, rows: int, size: tuple[int, int]) -> tuple[int, ...]:
+        cells = (math.ceil(edge / self.perception.model.downscale) for edge in size)
+        channels = self.perception.model.vae.config.latent_channels * self.perception.targets
+        return (rows, *cells, channels)
+
+    def _predict(
+        self,
+        images: Shaped[np.ndarray, "n h w 3"],
+        batch_size: int | None,
+        latents: np.ndarray | None,
+        *,
+        options: Options,
+        **sizes: Any,
+    ) -> list[Prediction]:
+        """Predictions of each batch, on the host."""
+        devices = sharding.batch_devices(self.mesh)
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: give at least 1.")
+        rows = math.ceil((batch_size or devices) / devices) * devices
+        members = options.ensemble_size
+        # One key: all images have one size here, and so all batches have the same number of rows.
+        batches = plan_batches([0] * len(images), max(rows // members, 1), devices)
+        predictions = []
+        for items, padded in batches:
+            own = slice(items[0] * members, (items[-1] + 1) * members)
+            prediction = self._predictor(
+                self.params,
+                put_rows(images[items], padded, self.mesh),
+                options=options,
+                latents=None if latents is None else latents[own],
+                first=items[0],
+                count=len(items),
+                rows=rows if members > 1 else padded,
+                **sizes,
             )
+            answer = jax.tree.map(np.asarray, prediction)
+            wanted = Prediction(
+                answer.prediction[: len(items)],
+                answer.uncertainty,
+                answer.latent[: len(items) * members],
+            )
+            predictions.append(wanted)
+        return predictions
 
-
-def perception_method(
-    description: Description, *, dtype: str, attention: str = "auto", checkpoint: str = ""
-) -> OneStep:
-    """The method of a model that predicts something.
-
-    Raises:
-        UserError: the model was never fine-tuned for perception, or the dtype is unknown.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}.")
-    if not description.task:
-        raise _not_fine_tuned(checkpoint)
-    return build_method(description, dtype=jnp.dtype(dtype), attention=attention)
-
-
-def _not_fine_tuned(checkpoint: str) -> UserError:
-    name = checkpoint or "the checkpoint"
-    return UserError(
-        f"{name} predicts no depth or other map yet: fine-tune it with "
-        f"python -m jaxpercept.train --config=configs/depth.py --config.checkpoint={name}."
-    )
-
-
-def place_weights(params: Params, dtype: str, mesh: Mesh) -> Params:
-    """The weights that predicting needs, on the devices.
-
-    Kernels are kept in the compute dtype: the layers would convert them at every call. Norms,
-    biases and the prompt's embedding are small, and statistics want them in float32.
-
-    Raises:
-        UserError: a component is missing.
-    """
-    needed = ("unet", "vae", "prompt")
-    missing = [component for component in needed if component not in params]
-    if missing:
+    def _noise(
+        self, latents: Any, rows: int, size: tuple[int, int]
+    ) -> Float[np.ndarray, "m i j k"]:
+        """Given noise, as float32 NHWC."""
+        latents = np.asarray(latents, np.float32)
+        shape = self._latent_shape(rows, size)
+        channels_first = (shape[0], shape[3], *shape[1:3])
+        if latents.shape == shape:
+            return latents
+        if latents.shape == channels_first:
+            return latents.transpose(0, 2, 3, 1)
         raise UserError(
-            f"the checkpoint lacks {' and '.join(missing)}: convert or train it again from a "
-            "complete one, text encoder included."
+            f"latents has the shape {list(latents.shape)}: give {list(shape)} (or, as diffusers "
+            f"has it, {list(channels_first)})."
         )
 
-    def cast(path: tuple[Any, ...], weight: Any) -> Any:
-        is_kernel = path[-1].key.endswith("kernel")
-        return np.asarray(weight, jnp.dtype(dtype)) if is_kernel else np.asarray(weight)
 
-    used = {component: params[component] for component in needed}
-    used = jax.tree_util.tree_map_with_path(cast, used)
-    return sharding.put_tree(used, sharding.tree_shardings(used, mesh))
+def _targets_apart(
+    maps: Float[np.ndarray, "n h w c"], targets: int
+) -> Float[np.ndarray, "m h w d"]:
+    """[n, h, w, t c] to [n t, h, w, c], as diffusers returns several targets."""
+    if targets == 1:
+        return maps
+    n, h, w, c = maps.shape
+    apart = maps.reshape(n, h, w, targets, c // targets).transpose(0, 3, 1, 2, 4)
+    return apart.reshape(n * targets, h, w, c // targets)

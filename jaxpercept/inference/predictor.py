@@ -8,18 +8,23 @@ prediction goes back to the image's size without antialiasing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Shaped
 
+from jaxpercept.diffusion.noise import per_example
 from jaxpercept.errors import UserError
+from jaxpercept.inference.ensemble import ensemble
+from jaxpercept.inference.options import Options
 from jaxpercept.resize import resize
 from jaxpercept.training import sharding
 
@@ -28,16 +33,35 @@ Size = tuple[int, int]
 
 
 @runtime_checkable
-class PerceptionMethod(Protocol):
-    """What predicting needs of a method, such as `methods.OneStep`."""
+class PerceptionModel(Protocol):
+    """What predicting needs of a model; `methods.Perception` is one."""
 
     model: Any
     """Has `downscale`, pixels per latent cell."""
     task: Any
-    """Has `kind` and `to_prediction(decoded)`."""
+    """A `tasks.base.Task`."""
+    recipe: Any
+    """Has `draws_noise`."""
+    targets: int
+    """Images in one latent."""
 
-    def predict(self, params: Params, rgb: Array) -> tuple[Array, Array]:
-        """Decoded image [b, h, w, 3], not clamped, and latent, for float images in [-1, 1]."""
+    def encode(self, params: Params, rgb: Array) -> Array:
+        """Latents of float images in [-1, 1]."""
+
+    def predict(self, params: Params, image: Array, noise: Array | None, **options: Any) -> Any:
+        """Decoded images, not clamped, and their latents."""
+
+
+class Prediction(NamedTuple):
+    """Of n images: the task's maps, their uncertainty (None without an ensemble) and the latents.
+
+    The latents are those of each member, image by image, padding included; mirrored ones are left
+    out.
+    """
+
+    prediction: Float[Array, "n h w c"]
+    uncertainty: Float[Array, "n h w d"] | None
+    latent: Float[Array | np.ndarray, "m i j k"]
 
 
 def processing_size(size: Size, resolution: int) -> Size:
@@ -78,22 +102,27 @@ def to_signed_float(image: Shaped[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
 
 
 class Predictor:
-    """A method's prediction for images of any size.
+    """A model's predictions for images of any size.
 
-    Weights are arguments. The network is compiled once for each processing size, whatever the
+    Weights are arguments. The networks are compiled once for each processing size, whatever the
     images' own sizes are; only the two resizes depend on those, and compile in a moment.
 
+    No program moves data between devices: each predicts for its own rows. The members of an
+    ensemble, which lie on several devices, come together on the host.
+
     Args:
-        method: a method with `predict` and `task`.
+        perception: the model.
         mesh: where batches are split.
     """
 
-    def __init__(self, method: PerceptionMethod, mesh: Mesh):
-        self.method, self.mesh = method, mesh
-        self.factor = method.model.downscale
-        self._prepare = jax.jit(self._resize_and_pad, static_argnames="size")
-        self._network = jax.jit(method.predict)
-        self._finish = jax.jit(self._crop_and_resize, static_argnames=("size", "output"))
+    def __init__(self, perception: PerceptionModel, mesh: Mesh):
+        self.perception, self.mesh = perception, mesh
+        self.factor = perception.model.downscale
+        self._prepare = jax.jit(self._resize_and_pad, static_argnames=("size", "method", "flip"))
+        self._encode = jax.jit(perception.encode)
+        self._network = jax.jit(self._predict_rows, static_argnames="num_steps")
+        self._maps = jax.jit(self._crop, static_argnames=("size", "flip"))
+        self._finish = jax.jit(self._resize_back, static_argnames=("output", "method", "kind"))
 
     def __call__(
         self,
@@ -102,7 +131,12 @@ class Predictor:
         *,
         resolution: int,
         match_input: bool = True,
-    ) -> tuple[Float[Array, "b i j c"], Float[Array, "b k l m"]]:
+        options: Options | None = None,
+        latents: Float[np.ndarray, "m i j k"] | None = None,
+        first: int = 0,
+        count: int | None = None,
+        rows: int | None = None,
+    ) -> Prediction:
         """Predict a batch.
 
         Args:
@@ -110,23 +144,141 @@ class Predictor:
             image: on the mesh; uint8, uint16 or float [0, 1].
             resolution: long side at which the network works, 0 for the image's own.
             match_input: bring the prediction back to the image's size.
-
-        Returns:
-            The task's prediction, and the latent it was decoded from (padding included).
+            options: what else there is to choose; None: the model's own.
+            latents: standard normal noise to start from instead of that of `options.seed`: a row
+                for each member of each of the first `count` images.
+            first: number of the batch's first image, for the noise.
+            count: how many of the batch's images matter; the others fill up the devices. The
+                answer has at least so many rows.
+            rows: predictions made at a time in an ensemble; None: as many as there are images.
         """
-        own = image.shape[1:3]
+        options = options or Options()
+        own, count = image.shape[1:3], image.shape[0] if count is None else count
         size = processing_size(own, resolution)
-        decoded, latent = self._network(params, self._prepare(image, size=size))
-        return self._finish(decoded, size=size, output=own if match_input else size), latent
+        encoded = self._encoded(params, image, size, options.resample_input)
+        if options.members == 1:
+            numbers = np.arange(first, first + image.shape[0], dtype=np.int32)
+            noise = None if latents is None else pad_rows(latents, image.shape[0])
+            decoded, latent = self._run(params, encoded, numbers, noise, options)
+            maps, uncertainty = self._maps(decoded, size=size), None
+        else:
+            split = (count, first, rows or image.shape[0])
+            members, latent = self._ensemble(params, encoded, size, options, latents, *split)
+            if options.flip:
+                mirrored = self._encoded(params, image, size, options.resample_input, flip=True)
+                turned, _ = self._ensemble(
+                    params, mirrored, size, options, latents, *split, flip=True
+                )
+                members = np.concatenate([members, turned], axis=1)
+            maps, uncertainty = self._merge(members, options)
+        output = own if match_input else size
+        finish = functools.partial(self._finish, output=output, method=options.resample_output)
+        if uncertainty is not None:
+            uncertainty = finish(uncertainty, kind="uncertainty")
+        return Prediction(finish(maps, kind="prediction"), uncertainty, latent)
 
-    def _resize_and_pad(self, image: Array, *, size: Size) -> Array:
-        image = resize(to_signed_float(image), size, "bilinear", antialias=True)
+    def _encoded(
+        self, params: Params, image: Array, size: Size, method: str, flip: bool = False
+    ) -> Array:
+        return self._encode(params, self._prepare(image, size=size, method=method, flip=flip))
+
+    def _run(
+        self,
+        params: Params,
+        encoded: Array,
+        numbers: np.ndarray,
+        noise: np.ndarray | None,
+        options: Options,
+    ) -> tuple[Array, Array]:
+        """Decoded images and latents of rows that lie on the mesh."""
+        if not self.perception.recipe.draws_noise:
+            return self._network(params, encoded, num_steps=options.num_steps)
+        rows = {"numbers": numbers} | ({} if noise is None else {"noise": noise})
+        spread = NamedSharding(self.mesh, sharding.BATCH)
+        rows = sharding.put_tree(rows, jax.tree.map(lambda _: spread, rows))
+        seed = sharding.put_tree(np.uint32(options.seed), sharding.replicated(self.mesh))
+        return self._network(params, encoded, rows, seed, num_steps=options.num_steps)
+
+    def _ensemble(
+        self,
+        params: Params,
+        encoded: Array,
+        size: Size,
+        options: Options,
+        latents: np.ndarray | None,
+        count: int,
+        first: int,
+        rows: int,
+        *,
+        flip: bool = False,
+    ) -> tuple[Float[np.ndarray, "n e h w c"], Float[np.ndarray, "m i j k"]]:
+        """The members' maps at the processing size, and their latents; so many rows at a time."""
+        members, images = options.ensemble_size, _to_host(encoded)
+        spread = NamedSharding(self.mesh, sharding.BATCH)
+        maps, latent = [], []
+        for start in range(0, count * members, rows):
+            row = np.minimum(np.arange(start, start + rows), count * members - 1)
+            noise = None if latents is None else latents[row]
+            chunk = sharding.put_tree(images[row // members], spread)
+            numbers = (first * members + row).astype(np.int32)
+            decoded, predicted = self._run(params, chunk, numbers, noise, options)
+            maps.append(_to_host(self._maps(decoded, size=size, flip=flip)))
+            latent.append(_to_host(predicted))
+        total = count * members
+        stacked = np.concatenate(maps)[:total]
+        stacked = stacked.reshape(count, members, *stacked.shape[1:])
+        return stacked, np.concatenate(latent)[:total]
+
+    def _predict_rows(
+        self,
+        params: Params,
+        image: Array,
+        rows: Mapping[str, Array] | None = None,
+        seed: Array | None = None,
+        *,
+        num_steps: int | None,
+    ) -> tuple[Array, Array]:
+        if rows is None:
+            return self.perception.predict(params, image, num_steps=num_steps)
+        start, between = jax.random.split(jax.random.key(seed))
+        noise, numbers = rows.get("noise"), rows["numbers"]
+        if noise is None:
+            shape = (*image.shape[1:3], image.shape[3] * self.perception.targets)
+            noise = per_example(start, numbers, lambda k: jax.random.normal(k, shape))
+        return self.perception.predict(
+            params, image, noise, num_steps=num_steps, key=between, index=numbers
+        )
+
+    def _resize_and_pad(self, image: Array, *, size: Size, method: str, flip: bool) -> Array:
+        image = to_signed_float(image[:, :, ::-1] if flip else image)
+        image = resize(image, size, method, antialias=method in ("bilinear", "bicubic"))
         pad = [(0, -edge % self.factor) for edge in size]
         return jnp.pad(image, ((0, 0), *pad, (0, 0)), mode="edge")
 
-    def _crop_and_resize(self, decoded: Array, *, size: Size, output: Size) -> Array:
-        prediction = self.method.task.to_prediction(decoded[:, : size[0], : size[1]])
-        return resize(prediction, output, "bilinear")
+    def _crop(self, decoded: Array, *, size: Size, flip: bool = False) -> Array:
+        maps = self.perception.to_prediction(decoded[:, : size[0], : size[1]])
+        return self.perception.task.mirror(maps) if flip else maps
+
+    def _merge(self, members: np.ndarray, options: Options) -> tuple[Array, Array]:
+        task = self.perception.task
+        chosen = dict(options.merge)
+        if options.flip and options.ensemble_size == 1 and task.merge != "normals":
+            # The median of two is the lesser one.
+            chosen.setdefault("reduction", "mean")
+        return ensemble(task.merge, members, **task.merge_options, **chosen)
+
+    def _resize_back(self, maps: Array, *, output: Size, method: str, kind: str) -> Array:
+        resized = resize(maps, output, method)
+        if kind == "prediction" and output != maps.shape[1:3]:
+            resized = self.perception.task.after_resize(resized)
+        return resized
+
+
+def _to_host(array: Array) -> np.ndarray:
+    """The whole array, of all processes' devices."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def local_mesh() -> Mesh:

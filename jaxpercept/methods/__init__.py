@@ -1,14 +1,14 @@
 """Methods: how a prediction comes out of the networks, and what its training minimises.
 
 A method is a frozen dataclass with `fields` (what it reads of a batch), `needs_text`, and
-`loss(params, batch, key) -> (loss, terms)`; a perception method also has `predict`. A new method
-is one file here and one entry in `build_method`.
+`loss(params, batch, key) -> (loss, terms)`; one that trains a perception model also has
+`perception`, how that predicts. A new method is one file here and one entry in `build_method`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ from jaxpercept.methods.autoencoder import Autoencoder
 from jaxpercept.methods.denoising import TextToImage
 from jaxpercept.methods.latent_model import LatentModel
 from jaxpercept.methods.one_step import OneStep
+from jaxpercept.methods.perception import Perception
+from jaxpercept.methods.recipe import Recipe
 from jaxpercept.models.functional import functional
-from jaxpercept.tasks import get_task
+from jaxpercept.tasks import TRAINABLE, get_task
 
 Method = OneStep | TextToImage | Autoencoder
 _METHODS = {"one_step": OneStep, "text_to_image": TextToImage, "autoencoder": Autoencoder}
@@ -64,30 +66,80 @@ def build_method(
             f"{description.base_checkpoint or 'the checkpoint'} does not hold: start from a "
             "complete one."
         )
-    networks = {
-        part: functional(
-            description.components[part], dtype=jnp.dtype(dtype), remat=remat, attention=attention
-        )
-        for part in COMPONENTS[name]
-    }
-    model = LatentModel(
-        unet=networks.get("unet"),
-        vae=networks["vae"],
-        text_encoder=networks.get("text_encoder"),
-        schedule=NoiseSchedule.from_config(description.scheduler),
-    )
+    model = _networks(description, COMPONENTS[name], dtype=dtype, remat=remat, attention=attention)
     if name == "autoencoder":
         return Autoencoder(model=model, **options)
     options["timesteps"] = TimestepPolicy.parse(options.get("timesteps", "uniform"))
     if name == "text_to_image":
         options["empty_ids"] = tuple(options.get("empty_ids", ()))
         return TextToImage(model=model, **options)
+    if description.task not in TRAINABLE:
+        raise UserError(
+            f"The task {description.task!r} cannot be trained yet: use {', '.join(TRAINABLE)}."
+        )
     task = dataclasses.replace(
         get_task(description.task), vertical_gradient=options.pop("vertical_gradient", False)
     )
     weights = dict(options.pop("pixel_weights", {}))
     options["pixel_weights"] = tuple(sorted((k, w) for k, w in weights.items() if w))
     return OneStep(model=model, task=task, **options)
+
+
+def build_perception(
+    description: Description,
+    *,
+    dtype: Any = jnp.float32,
+    attention: str = "auto",
+    vae_tile: int = 0,
+) -> Perception:
+    """How the described model predicts, whether it was trained here or elsewhere.
+
+    Args:
+        description: with a non-empty `task`.
+        dtype: compute dtype of the networks; the solver's arithmetic stays in float32.
+        attention: the attention implementation, see `models.attention`.
+        vae_tile: pixels of the autoencoder's tiles; 0: in one piece.
+
+    Raises:
+        UserError: the networks do not fit the family, or the scheduler cannot be sampled with.
+    """
+    if description.recipe:
+        recipe = Recipe.of(**description.recipe)
+        model = _networks(
+            description,
+            tuple(description.components),
+            dtype=dtype,
+            attention=attention,
+            features=recipe.head == "dpt",
+        )
+        task = get_task(description.task, **description.task_options)
+        solver = recipe.solver(description.scheduler)
+        return Perception(model, recipe, solver, task, vae_tile)
+    perception = build_method(description, dtype=dtype, attention=attention).perception
+    return dataclasses.replace(perception, vae_tile=vae_tile)
+
+
+def _networks(
+    description: Description,
+    components: Sequence[str],
+    *,
+    dtype: Any,
+    remat: str = "none",
+    attention: str,
+    features: bool = False,
+) -> LatentModel:
+    networks = {
+        part: functional(
+            description.components[part],
+            dtype=jnp.dtype(dtype),
+            remat=remat,
+            attention=attention,
+            head=not (features and part == "unet"),
+        )
+        for part in components
+    }
+    schedule = NoiseSchedule.from_config(description.scheduler)
+    return LatentModel(**{"unet": None, "text_encoder": None, **networks}, schedule=schedule)
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -25,14 +26,21 @@ class LatentModel:
     vae: Functional
     text_encoder: Functional | None
     schedule: NoiseSchedule
+    decoder: Functional | None = None
+    """An autoencoder that decodes in the VAE's place, such as a tiny one."""
+    head: Functional | None = None
+    """A decoder that reads the UNet's features instead of a latent."""
 
     @property
     def downscale(self) -> int:
         """Pixels per latent cell along each axis."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.downsampling
 
 
-def empty_prompt(params: Params, batch_size: int) -> Float[Array, "b l d"]:
-    """The empty prompt's embedding, encoded once before training, for every image of a batch."""
+def empty_prompt(params: Params, batch_size: Any) -> Float[Array, "b l d"]:
+    """The empty prompt's embedding, encoded once before training, for every image of a batch.
+
+    The batch size is an int, or a symbolic dimension of `jax.export`.
+    """
     embedding = params["prompt"]["embedding"]
     return jnp.broadcast_to(embedding, (batch_size, *embedding.shape[1:]))

@@ -12,13 +12,15 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from jaxpercept import losses
 from jaxpercept.diffusion.schedule import GENPERCEPT
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params, empty_prompt
+from jaxpercept.methods.perception import Perception
+from jaxpercept.methods.recipe import Recipe
 from jaxpercept.models.vae import decode_latents, encode_mean
 from jaxpercept.tasks.depth import DepthTask
 
@@ -103,20 +105,11 @@ class OneStep:
             total += sum(pixel.values())
         return total, terms
 
-    def predict(
-        self, params: Params, rgb: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
-    ) -> tuple[Float[Array, "b h w 3"], Float[Array, "b i j c"]]:
-        """The decoded target image (not clamped) and its latent.
-
-        Args:
-            params: all components, merged.
-            rgb: uint8, or float in [-1, 1]; height and width multiples of the VAE's factor.
-        """
-        rgb_latent = encode_mean(self.model.vae, params["vae"], to_signed(rgb))
-        timesteps = jnp.full((rgb.shape[0],), self.inference_timestep, jnp.int32)
-        latent = self._latent(params, rgb_latent, timesteps)
-        decoded = decode_latents(self.model.vae, params["vae"], latent)
-        return decoded.astype(jnp.float32), latent
+    @property
+    def perception(self) -> Perception:
+        """How the trained model predicts."""
+        recipe = Recipe.of("genpercept", timesteps=(self.inference_timestep,))
+        return Perception(self.model, recipe, recipe.solver({}), self.task)
 
 
 def to_signed(rgb: Array) -> Float[Array, "b h w 3"]:

@@ -1,4 +1,4 @@
-"""From an image's latent to the prediction's latent: one description for every family of models.
+"""From an image's latent to the prediction's latent: one table row for every family of models.
 
     family         x starts as    the UNet sees     steps                         decoded
     genpercept     image latent   x                 1, any timestep (beta = 1)    x_0 = -output
@@ -15,96 +15,104 @@ Sources: GenPercept `genpercept_pipeline.py`, Marigold `marigold_depth_pipeline.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
-
-from jaxpercept.diffusion.sampler import Solver, sample
+from jaxpercept.diffusion.sampler import Solver
+from jaxpercept.diffusion.schedule import GENPERCEPT
 from jaxpercept.errors import UserError
-from jaxpercept.methods.latent_model import LatentModel, Params, empty_prompt
 
-STARTS = ("image", "zeros", "noise")
-OUTPUTS = ("x0", "sample")
+# Lotus's switch is u = (1, 0) for predicting and (0, 1) for reconstructing the image; the network
+# gets (sin u, cos u).
+_LOTUS = (math.sin(1.0), math.sin(0.0), math.cos(1.0), math.cos(0.0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a latent prediction comes out of the networks.
+    """How a family's models predict.
 
     Attributes:
-        model: the networks.
-        solver: the noise schedule and how to step through it.
-        start: what x is at first: the image's latent, zeros or noise.
+        start: what x is at first: the "image" latent, "zeros" or "noise".
         concatenate: whether the UNet sees the image's latent beside x. One that has too few input
             channels for both sees the image alone (E2E-FT's noise_type None).
-        output: what is decoded, the last predicted x_0 or the last sample. They differ where the
+        output: what is decoded, the last predicted "x0" or the last "sample". They differ where the
             last step leaves some noise, as in Marigold v1.
         num_steps: the number of steps unless another is asked for.
-        timesteps: the timesteps of those steps instead of the solver's own.
+        timesteps: the timestep of a model that only knows one step; None for the solver's.
         task_vector: Lotus's switch, added to the time embedding.
-        targets: how many images one latent holds (Marigold's intrinsics), channel by channel.
+        scheduler: what replaces entries of the checkpoint's scheduler_config.json.
+        padded_prompt: whether the empty prompt is padded to the text tower's length.
+        head: "vae", or "dpt" for GenPercept's decoder that reads the UNet's features.
     """
 
-    model: LatentModel
-    solver: Solver
+    family: str
     start: str = "image"
     concatenate: bool = False
     output: str = "x0"
     num_steps: int = 1
     timesteps: tuple[int, ...] | None = None
     task_vector: tuple[float, ...] | None = None
-    targets: int = 1
+    scheduler: tuple[tuple[str, Any], ...] = ()
+    padded_prompt: bool = False
+    head: str = "vae"
 
-    def __post_init__(self) -> None:
-        unet, latent = self.model.unet.config, self.model.vae.config.latent_channels
-        predicted = self.targets * latent
-        wanted = [predicted + latent, latent] if self.concatenate else [predicted]
-        if self.start != "zeros":
-            wanted = wanted[:1]
-        if unet.in_channels not in wanted or unet.out_channels != predicted:
-            raise UserError(
-                f"this kind of model has a UNet of {wanted[0]} input and {predicted} output "
-                f"channels, this one has {unet.in_channels} and {unet.out_channels}: it is of "
-                "another kind."
-            )
+    @classmethod
+    def of(cls, family: str, **changes: Any) -> Recipe:
+        """The family's recipe, some values changed.
+
+        Raises:
+            UserError: an unknown family.
+        """
+        if family not in FAMILIES:
+            raise UserError(f"The family {family!r} is unknown: use {', '.join(FAMILIES)}.")
+        if changes.get("timesteps") is not None:
+            changes["timesteps"] = tuple(changes["timesteps"])
+        return dataclasses.replace(FAMILIES[family], **changes)
 
     @property
     def draws_noise(self) -> bool:
         """Whether two predictions for one image can differ."""
         return self.start == "noise"
 
-    def latent(
-        self,
-        params: Params,
-        image: Float[Array, "b h w c"],
-        noise: Float[Array, "b h w k"] | None = None,
-        *,
-        num_steps: int | None = None,
-        key: Key[Array, ""] | None = None,
-        index: Int[Array, " b"] | None = None,
-    ) -> Float[Array, "b h w k"]:
-        """The predicted latent.
+    def solver(self, scheduler: Mapping[str, Any]) -> Solver:
+        """The solver, from the content of the checkpoint's scheduler_config.json."""
+        return Solver.from_config({**scheduler, **dict(self.scheduler)})
 
-        Args:
-            params: all components, merged.
-            image: the images' latents.
-            noise: standard normal, where x starts as noise.
-            num_steps: instead of the recipe's.
-            key, index: for solvers that draw noise between their steps, see `sampler.sample`.
-        """
-        unet = self.model.unet.bind(params["unet"])
-        prompt = empty_prompt(params, image.shape[0])
-        options = {}
-        if self.task_vector is not None:
-            vector = jnp.asarray(self.task_vector, jnp.float32)
-            options["class_labels"] = jnp.broadcast_to(vector, (image.shape[0], vector.size))
+    def check_channels(self, in_channels: int, out_channels: int, latent: int) -> None:
+        """Raises a UserError where a UNet cannot be of this family."""
+        targets = out_channels // latent
+        wanted = {targets * latent + (latent if self.concatenate else 0)}
+        if self.start == "zeros":
+            wanted.add(latent)
+        if out_channels % latent or in_channels not in wanted:
+            raise UserError(
+                f"A {self.family} model with {out_channels} output channels has a UNet of "
+                f"{' or '.join(map(str, sorted(wanted)))} input channels, this one has "
+                f"{in_channels}: it is of another family."
+            )
 
-        def predict(x: Array, t: Array) -> Array:
-            inputs = jnp.concatenate([image, x], axis=-1) if self.concatenate else x
-            inputs = inputs[..., : self.model.unet.config.in_channels]
-            return unet(inputs, t, prompt, **options)
 
-        starts = {"image": image, "zeros": jnp.zeros_like(image), "noise": noise}
-        steps = self.solver.steps(num_steps or self.num_steps, timesteps=self.timesteps)
-        last, x0 = sample(steps, predict, starts[self.start], key=key, index=index)
-        return x0 if self.output == "x0" else last
+_ONE_STEP_OF_LOTUS = {
+    "timesteps": (999,),
+    "task_vector": _LOTUS,
+    # The published files name PNDM or DDIM, which take no timesteps from outside.
+    "scheduler": (("_class_name", "DDPMScheduler"), ("prediction_type", "sample")),
+    "padded_prompt": True,
+}
+FAMILIES = {
+    recipe.family: recipe
+    for recipe in (
+        Recipe("genpercept", timesteps=(1,), scheduler=tuple(GENPERCEPT.to_config().items())),
+        Recipe("rgb_blending", num_steps=10),
+        Recipe("marigold", start="noise", concatenate=True, output="sample", num_steps=4),
+        Recipe(
+            "e2e_ft",
+            start="zeros",
+            concatenate=True,
+            scheduler=(("_class_name", "DDIMScheduler"), ("timestep_spacing", "trailing")),
+        ),
+        Recipe("lotus_d", **_ONE_STEP_OF_LOTUS),
+        Recipe("lotus_g", start="noise", concatenate=True, **_ONE_STEP_OF_LOTUS),
+    )
+}

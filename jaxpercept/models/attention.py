@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxpercept.models.layers import DType, GroupNorm, Linear
+from jaxpercept.models.layers import DType, GroupNorm, Linear, on_cpu
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "chunked")
 
@@ -59,7 +59,7 @@ def _choose(q: Float[Array, "b tq n d"], k: Float[Array, "b tk n d"], is_causal:
     tk = k.shape[1]
     if jax.default_backend() == "gpu" and not is_causal and _cudnn_eligible(q.dtype, d, tq, tk):
         return "cudnn"
-    if jax.default_backend() == "cpu":
+    if on_cpu():
         return "chunked"
     return "chunked" if b * n * tq * tk > MAX_SCORES else "xla"
 
@@ -106,12 +106,12 @@ def _chunked_attention(
     """
     b, tq, n, d = q.shape
     tk = k.shape[1]
-    on_cpu = jax.default_backend() == "cpu"
+    cached = on_cpu()
     limit = MAX_SCORES
-    if on_cpu:
+    if cached:
         queries = max(MIN_QUERIES * b, MIN_QUERIES_OF_ONE)
         limit = min(MAX_SCORES, max(CACHED_SCORES, queries * tk))
-    loop_heads = on_cpu and n > 1 and n * b * tq * tk > limit
+    loop_heads = cached and n > 1 and n * b * tq * tk > limit
     num_chunks = min(tq, math.ceil((1 if loop_heads else n) * b * tq * tk / limit))
     chunk = math.ceil(tq / num_chunks)
     if chunk > 16:

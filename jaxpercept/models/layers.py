@@ -6,10 +6,12 @@ Constructors fill parameters with zeros: real values come from a checkpoint or f
 `Functional.init` (see functional.py), and models are built abstractly, without memory.
 """
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,24 @@ DType = jnp.dtype | type | str
 # Zero padding of one spatial axis: (before, after).
 Pad = tuple[int, int]
 Pads = tuple[Pad, Pad]
+
+
+_portable = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Within it, what is traced suits every backend: for `jax.export`, any batch size included."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
+
+
+def on_cpu() -> bool:
+    """Whether to choose what is fastest on CPUs."""
+    return jax.default_backend() == "cpu" and not _portable.get()
 
 
 def conv2d(
@@ -37,8 +57,8 @@ def conv2d(
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]  # a matrix product, which no backend runs slower than a 1x1 conv
-    few_pixels = math.prod(x.shape[:3]) <= 256 * stride**2 and kernel.shape[2] >= 1024
-    if jax.default_backend() == "cpu" and few_pixels:
+    deep = on_cpu() and kernel.shape[2] >= 1024
+    if deep and math.prod(x.shape[:3]) <= 256 * stride**2:
         # XLA's CPU convolution rearranges the kernel at each call, here most of the work.
         patches = _patches(x, kernel.shape[:2], stride, padding)
         return patches @ kernel.reshape(-1, kernel.shape[-1])
@@ -65,7 +85,7 @@ def _convolution_forward(x, kernel, stride, padding):
 
 def _convolution_backward(stride, padding, residuals, d_y):
     x, kernel = residuals
-    if jax.default_backend() == "cpu":
+    if on_cpu():
         # What is made of the kernel waits for d_y; XLA drops optimization barriers too early here.
         kernel = kernel + 0 * d_y[0, 0, 0, 0]
     convolve = functools.partial(_xla_convolution, stride=stride, padding=padding)
@@ -97,8 +117,7 @@ def upsample_conv2d(
     there are enough pixels to make up for adding the kernels' taps.
     """
     b, h, w, _ = x.shape
-    doubled, many_pixels = size == (2 * h, 2 * w), b * h * w >= 256
-    if not (jax.default_backend() == "cpu" and doubled and many_pixels):
+    if not (on_cpu() and size == (2 * h, 2 * w) and b * h * w >= 256):
         return conv2d(resize_nearest(x, size), kernel, padding=((1, 1), (1, 1)))
 
     def fold(taps: Float[Array, "3 *rest"], parity: int) -> Float[Array, "2 *rest"]:

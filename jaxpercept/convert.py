@@ -1,0 +1,300 @@
+"""Convert a model between formats.
+
+    python -m jaxpercept.convert --from=prs-eth/marigold-depth-v1-1 --to=marigold
+    python -m jaxpercept.convert --from=runs/depth --to=depth --format=diffusers
+    python -m jaxpercept.convert --from=runs/depth --to=depth --format=diffusers --layout=marigold
+    python -m jaxpercept.convert --from=runs/depth --to=depth --format=stablehlo --size=480x640
+
+--from takes a training workdir, an Orbax export, a diffusers folder or a hub id. Formats:
+
+    orbax      weights/ (Orbax, restored to any mesh), jaxpercept.json, tokenizer/
+    diffusers  a folder that diffusers opens. A one-step model keeps its four-channel UNet, with
+               GenPercept's scheduler; --layout=marigold writes it such that diffusers'
+               MarigoldDepthPipeline or MarigoldNormalsPipeline runs it unchanged
+    stablehlo  one portable program for any batch size, its weights beside it
+
+Weights keep their type, unless --dtype says otherwise. Every export has a model card. A training
+run keeps no text encoder: --format=diffusers takes it from the base checkpoint. --check opens the
+export with torch and compares the networks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from jaxpercept import cli
+from jaxpercept.checkpoints import diffusers, orbax
+from jaxpercept.checkpoints.card import write_card
+from jaxpercept.checkpoints.check import check_against_torch
+from jaxpercept.checkpoints.description import FILE_NAME, Description
+from jaxpercept.checkpoints.load import load_model, resolve
+from jaxpercept.checkpoints.rules import DTYPES
+from jaxpercept.checkpoints.tokenizer import missing_tokenizer_files
+from jaxpercept.errors import UserError
+from jaxpercept.inference.opening import assemble, describe
+from jaxpercept.inference.predictor import Params
+from jaxpercept.methods.layouts import as_marigold, as_stable_diffusion
+
+FORMATS = ("orbax", "diffusers", "stablehlo")
+LAYOUTS = ("own", "marigold")
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("from", None, "What to convert.", flag_values=FLAGS)
+flags.DEFINE_string("to", None, "Folder to write; it must not exist.", flag_values=FLAGS)
+flags.DEFINE_enum("format", "orbax", FORMATS, "What to write.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "layout", "own", LAYOUTS, "How a one-step model is written for diffusers.", flag_values=FLAGS
+)
+flags.DEFINE_enum(
+    "dtype", None, tuple(DTYPES), "Of the weights; default: as they are.", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "size", None, "HEIGHTxWIDTH of a StableHLO program's images; default: that of the training.",
+    flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_string("task", None, "As for predict.", flag_values=FLAGS)
+flags.DEFINE_string("family", None, "As for predict.", flag_values=FLAGS)
+flags.DEFINE_string("base", None, "The checkpoint that has what this one lacks.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "license", None, "For the model card; default: the base checkpoint's.", flag_values=FLAGS
+)
+flags.DEFINE_boolean("check", False, "Compare with torch afterwards.", flag_values=FLAGS)
+OWN_FLAGS = tuple(FLAGS)
+REQUIRED = ("from", "to")
+
+_USAGE = {
+    "orbax": """
+from jaxpercept import PerceptionPipeline
+
+out = PerceptionPipeline.from_pretrained("{folder}")(image)
+""",
+    "diffusers": """
+from jaxpercept import PerceptionPipeline
+
+out = PerceptionPipeline.from_pretrained("{folder}")(image)
+""",
+    "marigold": """
+from diffusers import {pipeline}
+
+out = {pipeline}.from_pretrained("{folder}")(image)
+""",
+    "stablehlo": """
+import jax
+from safetensors.numpy import load_file
+
+program = jax.export.deserialize(open("{folder}/model.stablehlo", "rb").read())
+weights = load_file("{folder}/weights.safetensors")
+prediction = jax.jit(program.call)(weights, images)  # uint8 [batch, height, width, 3]
+""",
+    "text_orbax": """
+from jaxpercept.checkpoints.load import load_model
+
+description, params = load_model("{folder}")
+""",
+    "text_diffusers": """
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{folder}")
+""",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model at rest: what it is, all its weights, the files of its tokenizer."""
+
+    description: Description
+    params: Params
+    tokenizer_dir: Path | None
+
+
+def convert(
+    source: str,
+    target: str | Path,
+    *,
+    format: str = "orbax",
+    layout: str = "own",
+    dtype: str | None = None,
+    size: tuple[int, int] | None = None,
+    task: str | None = None,
+    family: str | None = None,
+    base: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Convert `source` and write it to `target`, as the module's text says.
+
+    Returns:
+        The folder written. It appears when it is complete.
+
+    Raises:
+        UserError: the source cannot be opened, the target exists, or the format cannot hold it.
+    """
+    target = Path(target).expanduser()
+    if format not in FORMATS or layout not in LAYOUTS:
+        raise UserError(f"use a format of {', '.join(FORMATS)} and a layout of {LAYOUTS}.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty: give a new folder.")
+    model = open_model(source, task=task, family=family, base=base)
+    usage = format if model.description.task else f"text_{format}"
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if format == "orbax":
+            written = _cast(model, dtype)
+            orbax.save_export(partial, written.description, written.params)
+            _copy_tokenizer(written.tokenizer_dir, partial)
+        elif format == "diffusers":
+            written, usage = _save_diffusers(partial, model, layout, dtype, base, usage)
+        else:
+            written = model
+            _save_stablehlo(partial, model, size, dtype)
+        pipeline = written.description.model_index.get("_class_name", "")
+        write_card(
+            partial,
+            written.description,
+            written.params,
+            usage=_USAGE[usage].format(folder=target.name, pipeline=pipeline),
+            license=license,
+            workdir=Path(source),
+            name=target.name,
+        )
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def open_model(
+    source: str, *, task: str | None = None, family: str | None = None, base: str | None = None
+) -> Model:
+    """Open what is to be converted, weights in the type they are stored in."""
+    folder = Path(resolve(source)).expanduser()
+    if (folder / FILE_NAME).is_file():
+        description, params = load_model(source, dtype=None)
+        tokenizer = folder / "tokenizer"
+        return Model(description, params, None if missing_tokenizer_files(tokenizer) else tokenizer)
+    checkpoint = assemble(source, base, dtype=None)
+    description, params = describe(checkpoint, family=family, task=task)
+    return Model(description, params, checkpoint.tokenizer_dir)
+
+
+def _save_diffusers(
+    folder: Path, model: Model, layout: str, dtype: str | None, base: str | None, usage: str
+) -> tuple[Model, str]:
+    if extra := {"decoder", "head"} & set(model.description.components):
+        raise UserError(
+            f"a diffusers folder has no place for the model's {min(extra)}: use --format=orbax."
+        )
+    model = _with_text_encoder(model, base)
+    one_step = model.description.method.get("name") == "one_step"
+    if layout == "marigold":
+        if not one_step:
+            raise UserError("--layout=marigold is for one-step models trained here: leave it out.")
+        description, unet = as_marigold(model.description, model.params["unet"])
+        model = dataclasses.replace(
+            model, description=description, params={**model.params, "unet": unet}
+        )
+        usage = "marigold"
+    elif one_step:
+        description = as_stable_diffusion(model.description)
+        model = dataclasses.replace(model, description=description)
+    model = _cast(model, dtype)
+    description = model.description
+    networks = [name for name in diffusers.COMPONENTS if name in description.components]
+    checkpoint = diffusers.Checkpoint(
+        configs={name: description.components[name] for name in networks},
+        params={name: model.params[name] for name in networks},
+        scheduler=description.scheduler,
+        tokenizer_dir=model.tokenizer_dir,
+        model_index=description.model_index,
+    )
+    diffusers.save(folder, checkpoint, dtype=None)
+    if layout != "marigold" and description.task:
+        description.save(folder)
+    return model, usage
+
+
+def _with_text_encoder(model: Model, base: str | None) -> Model:
+    """The model with the parts that a training run does not keep."""
+    description = model.description
+    if "text_encoder" in description.components and model.tokenizer_dir is not None:
+        return model
+    base = base or description.base_checkpoint
+    try:
+        other = diffusers.load_parts(resolve(base), components=("text_encoder",), dtype=None)
+        config = other.configs["text_encoder"]
+    except (UserError, KeyError) as error:
+        raise UserError(
+            "the model has no text encoder, which a diffusers folder needs, and "
+            f"{base or 'no base'} does not give it: name the text-to-image checkpoint it was "
+            "trained from with --base."
+        ) from error
+    components = {**description.components, "text_encoder": config}
+    return Model(
+        dataclasses.replace(description, components=components),
+        {**model.params, "text_encoder": other.params["text_encoder"]},
+        other.tokenizer_dir,
+    )
+
+
+def _save_stablehlo(
+    folder: Path, model: Model, size: tuple[int, int] | None, dtype: str | None
+) -> None:
+    from jaxpercept.inference.stablehlo import save_stablehlo
+
+    size = size or model.description.resolution
+    if size is None:
+        raise UserError("the model names no image size: give one with --size=HEIGHTxWIDTH.")
+    save_stablehlo(folder, model.description, model.params, size=size, dtype=dtype or "float32")
+    model.description.save(folder)
+
+
+def _cast(model: Model, dtype: str | None) -> Model:
+    if dtype is None:
+        return model
+    params = {
+        component: weights
+        if component == "prompt"
+        else {path: np.asarray(array, DTYPES[dtype]) for path, array in weights.items()}
+        for component, weights in model.params.items()
+    }
+    return dataclasses.replace(model, params=params)
+
+
+def _copy_tokenizer(source: Path | None, folder: Path) -> None:
+    if source is not None:
+        diffusers.copy_tokenizer(source, folder / "tokenizer")
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """ "480x640" as (480, 640)."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise UserError(f"--size {text} is not HEIGHTxWIDTH: write it as 480x640.")
+    return int(parts[0]), int(parts[1])
+
+
+def main() -> None:
+    """Read the flags and convert."""
+    values = {name: FLAGS[name].value for name in OWN_FLAGS}
+    source, check = values.pop("from"), values.pop("check")
+    values["size"] = parse_size(values["size"])
+    folder = convert(source, values.pop("to"), **values)
+    print(folder)
+    if check:
+        for name, deviation in check_against_torch(folder).items():
+            print(f"{name}: as in torch, largest deviation {deviation:.1e} of the largest value")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=REQUIRED, flag_values=FLAGS)

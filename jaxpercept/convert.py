@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 
 from jaxpercept import cli
-from jaxpercept.checkpoints import diffusers, orbax
+from jaxpercept.checkpoints import diffusers, diffusers_write, orbax
 from jaxpercept.checkpoints.card import write_card
 from jaxpercept.checkpoints.check import check_against_torch
 from jaxpercept.checkpoints.description import FILE_NAME, Description
@@ -216,7 +216,7 @@ def _save_diffusers(
         tokenizer_dir=model.tokenizer_dir,
         model_index=description.model_index,
     )
-    diffusers.save(folder, checkpoint, dtype=None)
+    diffusers_write.save(folder, checkpoint, dtype=None)
     if layout != "marigold" and description.task:
         description.save(folder)
     return model, usage
@@ -271,7 +271,7 @@ def _cast(model: Model, dtype: str | None) -> Model:
 
 def _copy_tokenizer(source: Path | None, folder: Path) -> None:
     if source is not None:
-        diffusers.copy_tokenizer(source, folder / "tokenizer")
+        diffusers_write.copy_tokenizer(source, folder / "tokenizer")
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

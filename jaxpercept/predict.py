@@ -66,7 +66,7 @@ cli.define_model_flags(FLAGS)
 flags.DEFINE_integer(
     "tile",
     0,
-    "Predict in overlapping tiles of so many pixels and merge them, for large images; 0: no tiles.",
+    "Predict in overlapping tiles of so many pixels of the image and merge them; 0: no tiles.",
     flag_values=FLAGS,
 )
 flags.DEFINE_boolean(
@@ -174,7 +174,6 @@ def predict(
     jobs = jobs[jax.process_index() :: jax.process_count()]
     if tile:
         call = functools.partial(pipeline.tiled, tile=tile, batch_size=batch_size)
-        options["processing_resolution"] = options.get("processing_resolution") or 0
         if options.pop("prompt", ""):
             raise UserError("a tiled prediction reads no text: leave the prompt out.")
         batch_size = 1

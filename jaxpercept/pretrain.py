@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags, logging
 
 from jaxpercept import cli
-from jaxpercept.checkpoints import diffusers
+from jaxpercept.checkpoints import diffusers, diffusers_write
 from jaxpercept.checkpoints.load import load_model
 from jaxpercept.checkpoints.tokenizer import train_tokenizer
 from jaxpercept.data.datasets import open_dataset
@@ -82,7 +82,7 @@ def pretrain(
         before = str(workdir / stage)
 
     description, params = load_model(before)
-    diffusers.save(
+    diffusers_write.save(
         output,
         diffusers.Checkpoint(
             configs=description.components,

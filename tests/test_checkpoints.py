@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch_checkpoints import assert_bit_equal, assert_holds, state
 from transformers import CLIPTextModel
 
-from jaxpercept.checkpoints import diffusers, rules, weights
+from jaxpercept.checkpoints import diffusers, diffusers_write, rules, weights, widen
 from jaxpercept.checkpoints.rules import to_torch
 from jaxpercept.errors import UserError
 from jaxpercept.models.functional import functional
@@ -56,7 +56,7 @@ def test_load_and_write_back(kind_folder, tmp_path):
     assert checkpoint.model_index["_class_name"] == "StableDiffusionPipeline"
     assert checkpoint.source == str(folder)
 
-    diffusers.save(tmp_path / "out", checkpoint)
+    diffusers_write.save(tmp_path / "out", checkpoint)
     for name, module in modules.items():
         loaded, info = CLASSES[name].from_pretrained(
             tmp_path / "out" / name, output_loading_info=True
@@ -80,7 +80,9 @@ def test_load_and_write_back(kind_folder, tmp_path):
 def test_written_folder_is_a_diffusers_pipeline(sd2, tmp_path, capfd):
     """The pipeline loads without a word of warning and its parts compute the same."""
     folder, modules = sd2
-    diffusers.save(tmp_path / "out", dataclasses.replace(diffusers.load(folder), model_index={}))
+    diffusers_write.save(
+        tmp_path / "out", dataclasses.replace(diffusers.load(folder), model_index={})
+    )
     capfd.readouterr()
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert "key" not in capfd.readouterr().err.lower()
@@ -178,9 +180,10 @@ def test_no_torch_at_run_time(sd2):
 import sys
 sys.modules["torch"] = sys.modules["diffusers"] = None
 from jaxpercept.checkpoints import diffusers
+from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize
 checkpoint = diffusers.load({str(sd2[0])!r})
-tokenizer = diffusers.load_tokenizer(checkpoint.tokenizer_dir)
-print(diffusers.tokenize(tokenizer, [""], None).shape)
+tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
+print(tokenize(tokenizer, [""], None).shape)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "(1, 2)", result.stderr
@@ -251,7 +254,7 @@ def test_hub_out_of_reach():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_save_in_half_precision(sd2, tmp_path, dtype):
     checkpoint = diffusers.load(sd2[0])
-    diffusers.save(tmp_path / "out", checkpoint, dtype=dtype)
+    diffusers_write.save(tmp_path / "out", checkpoint, dtype=dtype)
     assert load_file(tmp_path / "out" / UNET_FILE)["conv_in.weight"].dtype == getattr(torch, dtype)
     for name, params in diffusers.load(tmp_path / "out").params.items():
         for path, value in params.items():
@@ -278,19 +281,19 @@ def test_values_that_cannot_be_written(sd2, tmp_path):
     checkpoint = diffusers.load(sd2[0], components=["unet"])
     checkpoint.params["unet"]["conv_in.bias"][2] = 1e6
     with pytest.raises(UserError, match=r"Tensor conv_in\.bias holds .* not finite in float16"):
-        diffusers.save(tmp_path / "half", checkpoint, dtype="float16")
+        diffusers_write.save(tmp_path / "half", checkpoint, dtype="float16")
     checkpoint.params["unet"]["conv_in.bias"][2] = np.nan
     with pytest.raises(UserError, match=r"Tensor conv_in\.bias"):
-        diffusers.save(tmp_path / "full", checkpoint)
+        diffusers_write.save(tmp_path / "full", checkpoint)
 
 
 def test_save_leaves_other_folders_alone(sd2, tmp_path):
     checkpoint = diffusers.load(sd2[0])
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty and holds no diffusers checkpoint"):
-        diffusers.save(tmp_path, checkpoint)
+        diffusers_write.save(tmp_path, checkpoint)
     with pytest.raises(UserError, match=r"thesis.txt is a file"):
-        diffusers.save(tmp_path / "thesis.txt", checkpoint)
+        diffusers_write.save(tmp_path / "thesis.txt", checkpoint)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -299,21 +302,21 @@ def test_save_replaces_a_checkpoint_whole(sd2, tmp_path):
     torch_checkpoints.write_checkpoint(tmp_path, variant="fp16", max_shard_size="40KB", seed=9)
     torch_checkpoints.write_checkpoint(tmp_path, max_shard_size="40KB", seed=8)
     (tmp_path / "tokenizer" / "tokenizer.json").touch()  # transformers would prefer it
-    diffusers.save(tmp_path, diffusers.load(sd2[0]))
+    diffusers_write.save(tmp_path, diffusers.load(sd2[0]))
     assert not (tmp_path / "tokenizer" / "tokenizer.json").exists()
     assert sorted(p.name for p in (tmp_path / "unet").iterdir()) == [
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]
     assert_holds(diffusers.load(tmp_path), sd2[1])
-    diffusers.save(tmp_path, diffusers.load(tmp_path))  # onto itself
+    diffusers_write.save(tmp_path, diffusers.load(tmp_path))  # onto itself
     assert_holds(diffusers.load(tmp_path), sd2[1])
 
 
 def test_interrupted_save(sd2, tmp_path, monkeypatch):
     """What was there stays whole, nothing half-written is left, and saving again works."""
     checkpoint = diffusers.load(sd2[0])
-    diffusers.save(tmp_path / "old", checkpoint)
+    diffusers_write.save(tmp_path / "old", checkpoint)
     changed = dataclasses.replace(checkpoint, params=dict(checkpoint.params))
     changed.params["unet"] = {k: v + 1 for k, v in checkpoint.params["unet"].items()}
 
@@ -324,10 +327,10 @@ def test_interrupted_save(sd2, tmp_path, monkeypatch):
         patch.setattr(weights.os, "fsync", full_disk)
         for folder in ("old", "new"):
             with pytest.raises(OSError, match="No space"):
-                diffusers.save(tmp_path / folder, changed)
+                diffusers_write.save(tmp_path / folder, changed)
     assert not list(tmp_path.rglob("*.partial"))
     assert_holds(diffusers.load(tmp_path / "old"), sd2[1])
-    diffusers.save(tmp_path / "new", checkpoint)
+    diffusers_write.save(tmp_path / "new", checkpoint)
     assert_holds(diffusers.load(tmp_path / "new"), sd2[1])
 
 
@@ -336,9 +339,9 @@ def test_interrupted_save(sd2, tmp_path, monkeypatch):
 
 def test_widened_unet_computes_the_same_on_a_repeated_input(sd2, tmp_path):
     folder, modules = sd2
-    wide = diffusers.widen(diffusers.load(folder))
+    wide = widen.widen(diffusers.load(folder))
     assert wide.configs["unet"].in_channels == 8
-    diffusers.save(tmp_path / "out", wide)
+    diffusers_write.save(tmp_path / "out", wide)
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
     assert unet.config.in_channels == 8
     assert torch.equal(unet.conv_in.bias, modules["unet"].conv_in.bias)
@@ -357,8 +360,8 @@ def test_widening_rules(rng, factor):
         "conv_in.bias": rng.standard_normal(16, np.float32),
         "conv_out.bias": rng.standard_normal(4, np.float32),
     }
-    marigold = diffusers.widen_conv_in(params, factor)
-    end_to_end = diffusers.widen_conv_in(params, factor, halve_bias=True)
+    marigold = widen.widen_conv_in(params, factor)
+    end_to_end = widen.widen_conv_in(params, factor, halve_bias=True)
     for i in range(factor):
         group = marigold["conv_in.kernel"][:, :, 4 * i : 4 * i + 4]
         np.testing.assert_array_equal(group, params["conv_in.kernel"] / np.float32(factor))

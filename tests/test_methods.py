@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tiny_model import quick_compile  # noqa: F401
 from transformers import CLIPTextModel
 
-from jaxpercept.checkpoints import diffusers
+from jaxpercept.checkpoints import diffusers, diffusers_write
 from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
@@ -44,7 +44,7 @@ def model(tmp_path_factory):
     text = {path: 0.3 * rng.normal(size=s.shape).astype(np.float32) for path, s in shapes.items()}
     params = {**tiny_model.params(rng), "text_encoder": text}
     folder = tmp_path_factory.mktemp("model")
-    diffusers.save(folder, diffusers.Checkpoint(configs=COMPONENTS, params=params))
+    diffusers_write.save(folder, diffusers.Checkpoint(configs=COMPONENTS, params=params))
     modules = {
         "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
         "vae": AutoencoderKL.from_pretrained(folder / "vae"),

@@ -361,3 +361,18 @@ def test_real_depth_maps_in_tiles(rng):
         # Objects have edges too, wherever tiles end.
         assert seam(fitted(merged, truth) - truth, places, tile) < 1.2
         assert seam(fitted(pasted(tiles, places, size), truth) - truth, places, tile) > 5
+
+
+def test_tiles_that_disagree_keep_their_contrast(rng):
+    """Maps of no contrast would agree best; the anchor says how much there is."""
+
+    def smooth(*size):
+        return resized(rng.random((4, 4)), size)[..., None]
+
+    truth = smooth(96, 128)
+    places = plan_tiles((96, 128), (64, 64), 32)
+    own = np.stack([smooth(64, 64) for _ in places])
+    tiles = (cut_tiles(truth, places, (64, 64)) + own) / 2
+    merged = merge_tiles(tiles, places, (96, 128), alignment="affine", anchor=truth)
+    assert merged.std() > 0.5 * truth.std()
+    assert np.corrcoef(merged.ravel(), truth.ravel())[0, 1] > 0.5

@@ -8,8 +8,7 @@ import torch_checkpoints
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpercept.checkpoints.diffusers import load_tokenizer, tokenize
-from jaxpercept.checkpoints.tokenizer import train_tokenizer
+from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize, train_tokenizer
 from jaxpercept.errors import UserError
 from jaxpercept.models.config import CLIPTextConfig
 

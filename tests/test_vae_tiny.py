@@ -19,6 +19,7 @@ from torch_checkpoints import assert_bit_equal
 from torch_parity import max_abs, normal, params_of, quick_jit, randomise, to_torch
 
 from jaxpercept.checkpoints import diffusers as checkpoints
+from jaxpercept.checkpoints import diffusers_write
 from jaxpercept.checkpoints.rules import to_torch as torch_tensors
 from jaxpercept.errors import UserError
 from jaxpercept.models.config import AutoencoderTinyConfig, VAEConfig, config_of
@@ -204,7 +205,7 @@ def test_load_and_save_a_checkpoint_with_it(stored, tmp_path, capfd):
     assert checkpoints.read_configs(folder).configs["vae"] == config
 
     checkpoint.model_index = {}
-    checkpoints.save(tmp_path / "out", checkpoint)
+    diffusers_write.save(tmp_path / "out", checkpoint)
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", "AutoencoderTiny"]
     capfd.readouterr()
@@ -223,10 +224,10 @@ def test_load_and_save_the_autoencoder_alone(stored, tmp_path, place):
     config, params = checkpoints.load_autoencoder(whole if place == "whole" else own)
     assert isinstance(config, AutoencoderTinyConfig)
     assert_holds(params, module)
-    checkpoints.save_autoencoder(tmp_path / "out", config, params, dtype="bfloat16")
+    diffusers_write.save_autoencoder(tmp_path / "out", config, params, dtype="bfloat16")
     file = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
-    checkpoints.save_autoencoder(tmp_path / "out", config, params)  # over the first
+    diffusers_write.save_autoencoder(tmp_path / "out", config, params)  # over the first
     assert_holds(checkpoints.load_autoencoder(tmp_path / "out")[1], module)
     loaded = diffusers.AutoencoderTiny.from_pretrained(tmp_path / "out")
     assert_holds(params, loaded)
@@ -289,7 +290,7 @@ def test_damaged_and_foreign_folders(stored, tmp_path):
     config, params = checkpoints.load_autoencoder(own)
     for target, words in ((whole, "holds no autoencoder"), (own / "config.json", "is a file")):
         with pytest.raises(UserError, match=words):
-            checkpoints.save_autoencoder(target, config, params)
+            diffusers_write.save_autoencoder(target, config, params)
 
 
 @pytest.mark.parametrize("place", ["whole", "own"])

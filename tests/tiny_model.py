@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.orbax import save_export
+from jaxpercept.inference.predictor import local_mesh
 from jaxpercept.models.config import UNetConfig, VAEConfig
 from jaxpercept.models.functional import functional
 from jaxpercept.tasks.depth import DEPTH
@@ -71,6 +73,12 @@ def quick_compile(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+def one_device() -> Mesh:
+    """A mesh of one device, where it does not matter: batches are not filled up."""
+    mesh = local_mesh()
+    return Mesh(mesh.devices[:1], mesh.axis_names)
 
 
 def description(**changes: Any) -> Description:

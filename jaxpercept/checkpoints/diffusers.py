@@ -1,4 +1,4 @@
-"""Checkpoints in diffusers' folder layout, read and written without torch.
+"""Reading checkpoints in diffusers' folder layout, without torch.
 
     model_index.json  unet/config.json  unet/diffusion_pytorch_model.safetensors  vae/...
     text_encoder/config.json  text_encoder/model.safetensors  tokenizer/  scheduler/
@@ -7,34 +7,23 @@ An autoencoder can also be a folder of its own, as madebyollin/taesd is:
 
     config.json  diffusion_pytorch_model.safetensors
 
-Only safetensors are read: a pickle can run code.
+Only safetensors are read: a pickle can run code. `diffusers_write` writes such folders.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Float
-
 from jaxpercept.checkpoints import hub
-from jaxpercept.checkpoints.rules import DTYPES, to_jax, to_torch
-from jaxpercept.checkpoints.tokenizer import (
-    TOKENIZER_FILES,
-    load_tokenizer,
-    missing_tokenizer_files,
-    tokenize,
-)
+from jaxpercept.checkpoints.rules import to_jax
+from jaxpercept.checkpoints.tokenizer import TOKENIZER_FILES, missing_tokenizer_files
 from jaxpercept.checkpoints.weights import (
     PICKLES,
-    atomic_write,
     open_weights,
     read_json,
     shard_names,
     weight_file,
-    write_json,
-    write_weights,
 )
 from jaxpercept.errors import UserError
 from jaxpercept.models.config import (
@@ -48,25 +37,10 @@ from jaxpercept.models.config import (
 from jaxpercept.models.dpt import DPTConfig, published_tensors
 from jaxpercept.models.functional import functional
 
-__all__ = [
-    "Checkpoint",
-    "load",
-    "load_autoencoder",
-    "load_parts",
-    "load_tokenizer",
-    "read_configs",
-    "save",
-    "save_autoencoder",
-    "tokenize",
-    "widen",
-    "widen_conv_in",
-]
+__all__ = ["COMPONENTS", "Checkpoint", "load", "load_autoencoder", "load_parts", "read_configs"]
 
 Config = UNetConfig | AutoencoderConfig | CLIPTextConfig | DPTConfig
 Params = dict[str, dict[str, Any]]
-
-# The diffusers version whose file format `save` writes.
-_DIFFUSERS_VERSION = "0.42.1"
 
 
 class _Component(NamedTuple):
@@ -90,9 +64,6 @@ _DPT_HEAD = "dpt_head_identity"
 
 # Folder of each component to read within the checkpoint: its name, or "" for the checkpoint's own.
 _Places = dict[str, str]
-
-# What `save` may find in a folder that an interrupted `save` left without its model_index.json.
-_OWN_NAMES = {*COMPONENTS, "tokenizer", "scheduler", "model_index.json", "jaxpercept.json"}
 
 
 @dataclasses.dataclass
@@ -218,23 +189,6 @@ def load_parts(
     return checkpoint
 
 
-def save_autoencoder(
-    folder: str | Path,
-    config: AutoencoderConfig,
-    params: Mapping[str, Any],
-    *,
-    dtype: str = "float32",
-) -> None:
-    """Writes an autoencoder's own folder, which `load_autoencoder` and diffusers read.
-
-    Raises:
-      UserError: the folder holds something else, or a weight is not finite in `dtype`.
-    """
-    folder = Path(folder)
-    _check_own(folder, "config.json", {f"{COMPONENTS['vae'].stem}.safetensors"}, "autoencoder")
-    _save_component(folder, "vae", config, params, dtype)
-
-
 def read_configs(
     path_or_hub_id: str | Path,
     *,
@@ -274,71 +228,6 @@ def _describe(folder: Path, configs: dict[str, Config], source: str) -> Checkpoi
         tokenizer_dir=None if missing_tokenizer_files(tokenizer) else tokenizer,
         model_index=_read_if_there(folder / "model_index.json"),
         source=source,
-    )
-
-
-def save(folder: str | Path, checkpoint: Checkpoint, *, dtype: str | None = "float32") -> None:
-    """Writes a diffusers folder that diffusers' `from_pretrained` loads.
-
-    Each file appears complete or not at all, model_index.json last. The components are those of
-    `checkpoint.configs`; a model_index given in the checkpoint is kept, less what is not written.
-
-    Raises:
-      UserError: the folder holds something else than a diffusers checkpoint, or a weight is not
-        finite in `dtype` ("float32", "float16", "bfloat16").
-    """
-    folder = Path(folder)
-    _check_own(folder, "model_index.json", _OWN_NAMES, "diffusers checkpoint")
-    for name, config in checkpoint.configs.items():
-        _save_component(folder / name, name, config, checkpoint.params[name], dtype)
-    if checkpoint.scheduler:
-        (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
-    if checkpoint.tokenizer_dir is not None:
-        copy_tokenizer(checkpoint.tokenizer_dir, folder / "tokenizer")
-    write_json(folder / "model_index.json", _model_index(checkpoint))
-
-
-def _check_own(folder: Path, last: str, others: Collection[str], what: str) -> None:
-    """Raises a UserError where saving to a folder would mix with what is no `what`.
-
-    `last` is the file that is written last; an interrupted call leaves some of the `others`.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose a folder to save to.")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if last not in names and not names <= {*others}:
-        raise UserError(f"{folder} is not empty and holds no {what}; choose another folder.")
-
-
-def widen_conv_in(
-    params_unet: Mapping[str, Any], factor: int = 2, halve_bias: bool = False
-) -> dict[str, Any]:
-    """The UNet's parameters with `factor` times the input channels.
-
-    The first kernel is repeated over the new channel groups and divided by `factor`, so that an
-    input repeated `factor` times gives the same activations [Marigold `_replace_unet_conv_in`;
-    GenPercept the same]. E2E-FT also divides the bias [E2E training/util/unet_prep.py]:
-    `halve_bias`, which gives different activations and is there to repeat its runs.
-    """
-    params = dict(params_unet)
-    kernel: Float[np.ndarray, "kh kw c_in c_out"] = np.asarray(params["conv_in.kernel"])
-    params["conv_in.kernel"] = np.tile(kernel, (1, 1, factor, 1)) / kernel.dtype.type(factor)
-    if halve_bias:
-        bias = np.asarray(params["conv_in.bias"])
-        params["conv_in.bias"] = bias / bias.dtype.type(factor)
-    return params
-
-
-def widen(checkpoint: Checkpoint, factor: int = 2, halve_bias: bool = False) -> Checkpoint:
-    """The checkpoint with `widen_conv_in` done on its UNet and written into its config."""
-    config = checkpoint.configs["unet"]
-    widened = dataclasses.replace(config, in_channels=config.in_channels * factor)
-    unet = widen_conv_in(checkpoint.params["unet"], factor, halve_bias)
-    return dataclasses.replace(
-        checkpoint,
-        configs={**checkpoint.configs, "unet": widened},
-        params={**checkpoint.params, "unet": unet},
     )
 
 
@@ -492,58 +381,3 @@ def _read_head(file: Path, unet: UNetConfig, dtype: str | None) -> tuple[DPTConf
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _save_component(
-    folder: Path, name: str, config: Config, params: Mapping[str, Any], dtype: str | None
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = COMPONENTS[name].stem
-    kind = None if dtype is None else DTYPES[dtype]
-    write_weights(folder / f"{stem}.safetensors", to_torch(params), kind)
-    content = config.to_dict()
-    if "_class_name" in content:
-        content["_diffusers_version"] = _DIFFUSERS_VERSION
-    write_json(folder / "config.json", content)
-    # Shards and variants of an earlier checkpoint would be read instead of, or beside, this one.
-    for old in folder.glob(f"{stem}*.safetensors*"):
-        if old.name != f"{stem}.safetensors":
-            old.unlink()
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            content = (source / name).read_bytes()
-            with atomic_write(target / name) as file:
-                file.write(content)
-        else:  # of an earlier tokenizer
-            (target / name).unlink(missing_ok=True)
-
-
-def _model_index(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The given model_index.json, or a StableDiffusionPipeline's, naming only what was written."""
-    classes: dict[str, list[str | None]] = {
-        name: [COMPONENTS[name].library, config.CLASS_NAME]
-        for name, config in checkpoint.configs.items()
-    }
-    if checkpoint.scheduler:
-        scheduler = checkpoint.scheduler.get("_class_name", "DDIMScheduler")
-        classes["scheduler"] = ["diffusers", scheduler]
-    if checkpoint.tokenizer_dir is not None:
-        classes["tokenizer"] = ["transformers", "CLIPTokenizer"]
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": _DIFFUSERS_VERSION,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-    }
-    index = dict(checkpoint.model_index or index)
-    for name, value in index.items():
-        if isinstance(value, list) and name not in classes:
-            index[name] = [None, None]
-    if "requires_safety_checker" in index:
-        index["requires_safety_checker"] = False
-    return index | classes

@@ -122,7 +122,10 @@ def ensemble_depth(
         for members in np.asarray(maps, np.float32)
     ]
     scale, shift = (np.stack(values) for values in zip(*parameters, strict=True))
-    return _merge_affine(maps, scale, shift, shift_invariant, reduction)
+    # A program of its own: compiled with the sum, the product would not be rounded, as torch's is;
+    # and a constant member has s = 1e6.
+    scaled = jnp.asarray(maps, jnp.float32) * _per_member(scale)
+    return _merge_shifted(scaled, shift, shift_invariant, reduction)
 
 
 @functools.partial(jax.jit, static_argnames="reduction")
@@ -210,13 +213,10 @@ def _merge_procrustes(maps: Array, shift_invariant: bool, reduction: str) -> tup
 
 
 @functools.partial(jax.jit, static_argnames=("shift_invariant", "reduction"))
-def _merge_affine(
-    maps: Array, scale: Array, shift: Array, shift_invariant: bool, reduction: str
+def _merge_shifted(
+    maps: Array, shift: Array, shift_invariant: bool, reduction: str
 ) -> tuple[Array, Array]:
-    # The product is rounded by itself, as torch's: a constant member has s = 1e6.
-    scaled = jax.lax.reduce_precision(maps.astype(jnp.float32) * _per_member(scale), 8, 23)
-    aligned = scaled + _per_member(shift)
-    return _normalise(*_reduce(aligned, reduction), shift_invariant)
+    return _normalise(*_reduce(maps + _per_member(shift), reduction), shift_invariant)
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -224,7 +224,7 @@ def _dot(a: Array, b: Array) -> Array:
     return sum(a[..., i : i + 1] * b[..., i : i + 1] for i in range(3))
 
 
-def _per_member(values: Array) -> Array:
+def _per_member(values: Maps) -> Maps:
     """[n, e] -> [n, e, 1, 1, 1]."""
     return values[:, :, None, None, None]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Shaped
@@ -31,12 +30,10 @@ from jaxpercept.inference.predictor import (
     processing_size,
     put_rows,
     resolve_resolution,
-    to_signed_float,
 )
 from jaxpercept.inference.sequence import SharedScale, next_latents
 from jaxpercept.inference.tiles import cut_tiles, merge_tiles, plan_tiles
 from jaxpercept.inference.weights import place_weights
-from jaxpercept.resize import resize
 from jaxpercept.training import sharding
 
 # Merging tiles by a task's `merge`.
@@ -274,65 +271,46 @@ class PerceptionPipeline:
         tile: int,
         overlap: int | None = None,
         *,
-        processing_resolution: int = 0,
         seed: int = 0,
         **options: Any,
     ) -> PerceptionOutput:
         """Predict for one image in overlapping tiles, for images beyond memory or training size.
 
-        The tiles are predicted at their own size and merged without seams (`inference.tiles`);
-        depth and disparity, whose scale and shift differ from tile to tile, are fitted to each
-        other and to a coarse prediction of the whole image.
+        Tiles and, once more, the whole image are predicted at the processing resolution and merged
+        without seams (`inference.tiles`): depth and disparity, whose scale and shift differ from
+        tile to tile, are fitted to each other and to the coarse prediction of the whole.
 
         Args:
             image: as for a call, one.
-            tile: side in pixels, a multiple of the autoencoder's factor.
+            tile: side in pixels of the image. A network sees what it was trained for where tiles
+                have about its processing resolution, or a small multiple of it.
             overlap: least overlap of neighbours in pixels; None: a quarter of a tile.
-            processing_resolution: long side that the image is resized to before it is cut, 0: its
-                own. The prediction has the image's own size.
             seed, options: as for a call, but for `latents`.
 
         Raises:
             UserError: several images, or tiles or options that do not fit.
         """
-        factor = self.perception.model.downscale
-        if tile < factor or tile % factor:
-            raise UserError(f"tile {tile} does not fit: give a multiple of {factor}.")
-        resolution = resolve_resolution(processing_resolution, None, factor)
         images = to_batch(image)
         if len(images) != 1 or options.get("latents") is not None:
             raise UserError("tiles are cut of one image at a time, and take no latents.")
-        own = images.shape[1:3]
-        size = processing_size(own, resolution)
-        if size != own:
-            floats = jnp.clip(to_signed_float(images) / 2 + 0.5, 0, 1)
-            images = np.clip(np.asarray(resize(floats, size, "bilinear", antialias=True)), 0, 1)
-        whole = self(images, processing_resolution=tile, seed=seed, **options)
+        size = images.shape[1:3]
         places = plan_tiles(size, (tile, tile), tile // 4 if overlap is None else overlap)
-        if len(places) > 1:
-            cut = cut_tiles(images[0], places, (tile, tile))
-            parts = self(cut, processing_resolution=0, seed=seed, **options)
-            task, targets = self.perception.task, self.perception.targets
-            merged = []
-            for target in range(targets):
-                merged.append(
-                    merge_tiles(
-                        parts.prediction[target::targets],
-                        places,
-                        size,
-                        alignment=_TILES[task.merge],
-                        anchor=whole.prediction[target] if task.merge == "affine" else None,
-                    )
-                )
-            whole = dataclasses.replace(
-                whole, prediction=np.stack(merged), latent=parts.latent, uncertainty=None
+        whole = self(images, seed=seed, **options)
+        if len(places) == 1:
+            return whole
+        parts = self(cut_tiles(images[0], places, (tile, tile)), seed=seed, **options)
+        task, targets = self.perception.task, self.perception.targets
+        merged = [
+            merge_tiles(
+                parts.prediction[target::targets],
+                places,
+                size,
+                alignment=_TILES[task.merge],
+                anchor=whole.prediction[target] if task.merge == "affine" else None,
             )
-        prediction = resize(jnp.asarray(whole.prediction), own, "bilinear")
-        if size != own:
-            prediction = self.perception.task.after_resize(prediction)
-        return dataclasses.replace(
-            whole, prediction=np.asarray(prediction), processing_resolution=resolution
-        )
+            for target in range(targets)
+        ]
+        return dataclasses.replace(parts, prediction=np.stack(merged), uncertainty=None)
 
     def sequence(
         self,

@@ -33,6 +33,8 @@ _ROUNDS = 8
 _NEGLIGIBLE = 1e-3
 # A scale is at least this part of the typical one: near 0 a tile is flat, below it is inverted.
 _LEAST_SCALE = 1e-2
+# ... and with an anchor, it gives the tile at least this part of the anchor's spread there.
+_LEAST_SPREAD = 0.7
 # Decides what the data leave open (the scale of a constant tile), and nothing else.
 _RIDGE = 1e-6
 # A variance below this is rounding.
@@ -219,8 +221,12 @@ def align_tiles(
     times those from the anchor, both over pixels; reweighted a few rounds by Cauchy's function, so
     that edges and objects on which tiles disagree hardly count. The anchor also fixes the scale
     and shift of the whole; without one, or with a constant one, the mean scale is 1 and the mean
-    shift 0. Scales are positive: those that come out below 1 % of the typical one are set to that,
-    and the others are solved again.
+    shift 0.
+
+    Least squares shrinks the scales of tiles that disagree: maps of no contrast agree best. So a
+    scale is at least 1 % of the typical one, and with an anchor at least what gives the tile 70 %
+    of the anchor's spread at its place; those that come out below are set to that, and the others
+    solved again.
     """
     count = len(tiles)
     size = tiles.shape[1:3]
@@ -246,6 +252,11 @@ def align_tiles(
         pull += both.T @ np.diag([contrast, 1.0]) @ both / count
     pull *= size[0] * size[1]
 
+    least = np.full(count, _LEAST_SCALE * typical)
+    for i, area in enumerate(coarse):
+        spread, wanted = block_means(maps[i]).std(), block_means(area).std()
+        if spread > np.sqrt(_CONSTANT):
+            least[i] = max(least[i], _LEAST_SPREAD * wanted / spread)
     groups = [
         (_overlaps(maps, means, places), 1.0),
         (_to_anchor(maps, means, coarse), anchor_weight),
@@ -253,7 +264,7 @@ def align_tiles(
     solution = _robust_solve(
         [group for group in groups if group[0]],
         (pull, pull @ prior),
-        least=_LEAST_SCALE * typical,
+        least=least,
         negligible=_NEGLIGIBLE * typical * np.sqrt(contrast),
     )
     scales = solution[:count]
@@ -308,7 +319,7 @@ def _robust_solve(
     groups: Sequence[tuple[Sequence[_Agreement], float]],
     prior: tuple[Float[np.ndarray, "n n"], Float[np.ndarray, " n"]],
     *,
-    least: float,
+    least: Float[np.ndarray, " s"],
     negligible: float,
 ) -> Float[np.ndarray, " n"]:
     """Iteratively reweighted least squares; each group has its own size of residuals.
@@ -317,7 +328,7 @@ def _robust_solve(
         groups: agreements, none empty, and the weight of each group. All weigh the same in the
             first round: a strong anchor finds the outliers of overlaps.
         prior: normal equations to begin with.
-        least: the first half of the unknowns is at least this.
+        least: of each of the first unknowns, the scales.
         negligible: as in `robust_weights`.
     """
     weights = [[np.ones_like(term.target) for term in group] for group, _ in groups]
@@ -340,17 +351,18 @@ def _robust_solve(
 
 
 def _bounded_solve(
-    matrix: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"], least: float
+    matrix: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"], least: Float[np.ndarray, " s"]
 ) -> Float[np.ndarray, " n"]:
-    """Solve normal equations; the first half of the unknowns is at least `least`."""
+    """Solve normal equations; the first unknowns are at least `least`."""
+    bound = np.full(len(vector), -np.inf)
+    bound[: len(least)] = least
     fixed = np.zeros(len(vector), bool)
     while True:
-        solution = np.full(len(vector), least)
         free = ~fixed
-        known = matrix[np.ix_(free, fixed)].sum(1) * least
+        solution = bound.copy()
+        known = matrix[np.ix_(free, fixed)] @ bound[fixed]
         solution[free] = np.linalg.solve(matrix[np.ix_(free, free)], vector[free] - known)
-        low = solution < least
-        low[len(vector) // 2 :] = False
+        low = solution < bound
         if not low.any():
             return solution
         fixed |= low

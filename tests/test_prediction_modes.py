@@ -188,6 +188,17 @@ def test_the_autoencoder_in_tiles_is_near_the_whole(folder, pipe, rng):
         PerceptionPipeline.from_pretrained(folder, vae_tile=24)
 
 
+def test_padding_to_larger_multiples_shares_programs(folder, rng):
+    padded = PerceptionPipeline.from_pretrained(folder, pad_multiple=16, mesh=one_device())
+    for width in (34, 40, 48):
+        out = padded(photo(rng, 32, width), processing_resolution=0)
+        assert out.prediction.shape == (1, 32, width, 1)
+        assert out.latent.shape[1:3] == (16, 24)
+    assert padded._predictor._network._cache_size() == 1
+    with pytest.raises(UserError, match="multiple of 2"):
+        PerceptionPipeline.from_pretrained(folder, pad_multiple=15)
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 

@@ -113,11 +113,21 @@ class Predictor:
     Args:
         perception: the model.
         mesh: where batches are split.
+        pad_multiple: borders are replicated up to multiples of so many pixels; 0: of the
+            autoencoder's factor, as diffusers does.
+
+    Raises:
+        UserError: `pad_multiple` is no multiple of the autoencoder's factor.
     """
 
-    def __init__(self, perception: PerceptionModel, mesh: Mesh):
+    def __init__(self, perception: PerceptionModel, mesh: Mesh, *, pad_multiple: int = 0):
         self.perception, self.mesh = perception, mesh
-        self.factor = perception.model.downscale
+        factor = perception.model.downscale
+        if pad_multiple < 0 or pad_multiple % factor:
+            raise UserError(
+                f"pad_multiple {pad_multiple} does not fit: give a multiple of {factor}."
+            )
+        self.multiple = pad_multiple or factor
         self._prepare = jax.jit(self._resize_and_pad, static_argnames=("size", "method", "flip"))
         self._encode = jax.jit(perception.encode)
         self._network = jax.jit(self._predict_rows, static_argnames="num_steps")
@@ -252,7 +262,7 @@ class Predictor:
     def _resize_and_pad(self, image: Array, *, size: Size, method: str, flip: bool) -> Array:
         image = to_signed_float(image[:, :, ::-1] if flip else image)
         image = resize(image, size, method, antialias=method in ("bilinear", "bicubic"))
-        pad = [(0, -edge % self.factor) for edge in size]
+        pad = [(0, -edge % self.multiple) for edge in size]
         return jnp.pad(image, ((0, 0), *pad, (0, 0)), mode="edge")
 
     def _crop(self, decoded: Array, *, size: Size, flip: bool = False) -> Array:
@@ -262,8 +272,8 @@ class Predictor:
     def _merge(self, members: np.ndarray, options: Options) -> tuple[Array, Array]:
         task = self.perception.task
         chosen = dict(options.merge)
-        if options.flip and options.ensemble_size == 1 and task.merge != "normals":
-            # The median of two is the lesser one.
+        if options.flip and options.ensemble_size == 1:
+            # The median of two is the lesser one, and both normals are as close to their mean.
             chosen.setdefault("reduction", "mean")
         return ensemble(task.merge, members, **task.merge_options, **chosen)
 

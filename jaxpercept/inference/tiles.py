@@ -351,7 +351,9 @@ def _robust_solve(
 
 
 def _bounded_solve(
-    matrix: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"], least: Float[np.ndarray, " s"]
+    matrix: Float[np.ndarray, "n n"],
+    vector: Float[np.ndarray, " n"],
+    least: Float[np.ndarray, " s"],
 ) -> Float[np.ndarray, " n"]:
     """Solve normal equations; the first unknowns are at least `least`."""
     bound = np.full(len(vector), -np.inf)

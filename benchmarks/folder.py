@@ -211,6 +211,7 @@ def run_door(checkpoint: str, images: Path, output: Path, args: argparse.Namespa
         images,
         output,
         batch_size=args.batch,
+        pad_multiple=args.pad_multiple,
         processing_resolution=args.processing_resolution,
     )
     if failures:
@@ -305,6 +306,7 @@ def main() -> None:
     p.add_argument("--checkpoint", default=EMBEDDED, help="a depth model; default: sd-tiny")
     p.add_argument("--base", help="that has the text encoder, where the checkpoint has none")
     p.add_argument("--processing-resolution", type=int, help="long side; default: the model's")
+    p.add_argument("--pad-multiple", type=int, default=0, help="jaxpercept's; default: diffusers'")
     p.add_argument("--batch", type=int, help="jaxpercept's images at a time; default: 1")
     p.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="for both frameworks")
     p.add_argument("--repeats", type=int, default=3, help="timed runs of each, in turns; default 3")

@@ -21,6 +21,8 @@ export with torch and compares the networks.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -32,11 +34,12 @@ from jaxpercept.checkpoints import diffusers, diffusers_write, orbax
 from jaxpercept.checkpoints.card import write_card
 from jaxpercept.checkpoints.check import check_against_torch
 from jaxpercept.checkpoints.description import FILE_NAME, Description
-from jaxpercept.checkpoints.load import load_model, resolve
+from jaxpercept.checkpoints.load import load_model, readable, resolve
 from jaxpercept.checkpoints.rules import DTYPES
 from jaxpercept.checkpoints.tokenizer import missing_tokenizer_files
+from jaxpercept.checkpoints.values import in_short
 from jaxpercept.errors import UserError
-from jaxpercept.inference.opening import assemble, describe
+from jaxpercept.inference.opening import assemble, check_runs, describe
 from jaxpercept.inference.predictor import Params
 from jaxpercept.methods.layouts import as_marigold, as_stable_diffusion
 
@@ -131,17 +134,22 @@ def convert(
         The folder written. It appears when it is complete.
 
     Raises:
-        UserError: the source cannot be opened, the target exists, or the format cannot hold it.
+        UserError: the source cannot be opened, the target exists, lies inside the source or cannot
+            be written, or the format cannot hold the model.
     """
-    target = Path(target).expanduser()
     if format not in FORMATS or layout not in LAYOUTS:
         raise UserError(f"use a format of {', '.join(FORMATS)} and a layout of {LAYOUTS}.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: give a new folder.")
+    target = Path(os.path.expanduser(target))
+    if target.name in ("", ".."):
+        target = target.resolve()
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        _check_target(target, source)
+        _remove(partial)  # of an interrupted run
+    except OSError as error:
+        raise _not_written(target, error) from error
     model = open_model(source, task=task, family=family, base=base)
     usage = format if model.description.task else f"text_{format}"
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         if format == "orbax":
             written = _cast(model, dtype)
@@ -159,31 +167,57 @@ def convert(
             written.params,
             usage=_USAGE[usage].format(folder=target.name, pipeline=pipeline),
             license=license,
-            workdir=Path(source),
+            workdir=Path(resolve(source)),
             name=target.name,
         )
         if target.exists():
             target.rmdir()
         partial.rename(target)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
+        raise _not_written(target, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
     return target
+
+
+def _check_target(target: Path, source: str) -> None:
+    """Raises where an export cannot be written, or would change something that is there."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty: give a new folder.")
+    own, place = Path(resolve(source)).resolve(), target.resolve()
+    if own.is_dir() and own in place.parents:
+        raise UserError(f"{target} lies inside {source}: give a folder outside of it.")
+    above = next(folder for folder in place.parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), above)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), above)
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_symlink():  # what it points to is not ours
+        partial.unlink()
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _not_written(target: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {in_short(target)}: {error.strerror or in_short(error)}.")
 
 
 def open_model(
     source: str, *, task: str | None = None, family: str | None = None, base: str | None = None
 ) -> Model:
     """Open what is to be converted, weights in the type they are stored in."""
-    folder = Path(resolve(source)).expanduser()
-    if (folder / FILE_NAME).is_file():
+    with readable(source):
+        folder = Path(resolve(source))
+        if not (folder / FILE_NAME).is_file():
+            checkpoint = assemble(source, base, dtype=None)
+            description, params = describe(checkpoint, family=family, task=task)
+            return Model(description, params, checkpoint.tokenizer_dir)
+        check_runs(Description.load(folder), source)
         description, params = load_model(source, dtype=None)
         tokenizer = folder / "tokenizer"
         return Model(description, params, None if missing_tokenizer_files(tokenizer) else tokenizer)
-    checkpoint = assemble(source, base, dtype=None)
-    description, params = describe(checkpoint, family=family, task=task)
-    return Model(description, params, checkpoint.tokenizer_dir)
 
 
 def _save_diffusers(
@@ -234,8 +268,8 @@ def _with_text_encoder(model: Model, base: str | None) -> Model:
     except (UserError, KeyError) as error:
         raise UserError(
             "the model has no text encoder, which a diffusers folder needs, and "
-            f"{base or 'no base'} does not give it: name the text-to-image checkpoint it was "
-            "trained from with --base."
+            f"{in_short(base) or 'no base'} does not give it: name the text-to-image checkpoint it "
+            "was trained from with --base."
         ) from error
     components = {**description.components, "text_encoder": config}
     return Model(
@@ -260,12 +294,16 @@ def _save_stablehlo(
 def _cast(model: Model, dtype: str | None) -> Model:
     if dtype is None:
         return model
-    params = {
-        component: weights
-        if component == "prompt"
-        else {path: np.asarray(array, DTYPES[dtype]) for path, array in weights.items()}
-        for component, weights in model.params.items()
-    }
+    params = {}
+    for component, weights in model.params.items():
+        kind = None if component == "prompt" else DTYPES[dtype]
+        with np.errstate(over="ignore"):
+            params[component] = {path: np.asarray(array, kind) for path, array in weights.items()}
+        for path, array in params[component].items():
+            if not np.isfinite(array).all():
+                raise UserError(
+                    f"{component}/{path} has values beyond {dtype}'s: use --dtype=bfloat16."
+                )
     return dataclasses.replace(model, params=params)
 
 

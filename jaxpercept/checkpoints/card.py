@@ -13,7 +13,9 @@ import numpy as np
 
 import jaxpercept
 from jaxpercept.checkpoints.description import Description
-from jaxpercept.checkpoints.weights import atomic_write
+from jaxpercept.checkpoints.values import in_short
+from jaxpercept.checkpoints.weights import atomic_write, read_json
+from jaxpercept.errors import UserError
 
 FILE_NAME = "README.md"
 _LICENSE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S[^\n]*)\n(?:.*\n)*?---")
@@ -49,9 +51,12 @@ def write_card(
         license: None takes that of the base checkpoint's card, where it lies on this machine.
         workdir: the training run whose evaluations the card quotes.
         name: the model's; None: the folder's.
+
+    Raises:
+        UserError: an evaluation's report is damaged.
     """
-    base = description.base_checkpoint
-    license = license or base_license(base)
+    base = in_short(description.base_checkpoint)
+    license = license or base_license(description.base_checkpoint)
     task = _TASK_NAMES.get(description.task)
     header = ["---", f"license: {license or 'unknown'}"]
     if base:
@@ -104,10 +109,13 @@ def base_license(base: str) -> str | None:
     from jaxpercept.checkpoints.load import resolve
 
     card = Path(resolve(base)) / FILE_NAME if base else None
-    if card is None or not card.is_file():
+    try:
+        if card is None or not card.is_file():
+            return None
+        found = _LICENSE.match(card.read_text(encoding="utf-8", errors="replace"))
+    except OSError:  # such as a base that is no path at all
         return None
-    found = _LICENSE.match(card.read_text(encoding="utf-8", errors="replace"))
-    return found[1].strip() if found else None
+    return in_short(found[1]) if found else None
 
 
 def _code(text: str) -> list[str]:
@@ -118,11 +126,13 @@ def _training(description: Description) -> list[str]:
     config = description.config
     if not config:
         return []
-    mixture = config.get("data", {}).get("mixture", {})
+    data = config.get("data")
+    mixture = data.get("mixture") if isinstance(data, dict) else None
     resolution = " x ".join(map(str, description.resolution or ()))
     lines = ["", "## Training", ""]
-    lines.append(f"- {config.get('steps')} steps of {config.get('batch_size')} at {resolution}")
-    lines.append(f"- Data: {', '.join(mixture) or 'not recorded'}")
+    steps, batch_size = in_short(config.get("steps")), in_short(config.get("batch_size"))
+    lines.append(f"- {steps} steps of {batch_size} at {resolution}")
+    lines.append(f"- Data: {in_short(', '.join(map(str, mixture or ()))) or 'not recorded'}")
     lines += ["", "<details><summary>The whole config</summary>", "", "```json"]
     lines += json.dumps(config, indent=2, sort_keys=True).splitlines()
     return [*lines, "```", "", "</details>"]
@@ -132,11 +142,13 @@ def _scores(workdir: Path | None) -> list[str]:
     reports = sorted(workdir.glob("evaluation/*/metrics.json")) if workdir else []
     lines = ["", "## Results", ""] if reports else []
     for path in reports:
-        report = json.loads(path.read_text())
-        protocol = report.get("protocol", {})
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
-        lines.append(
-            f"- {path.parent.name} ({protocol.get('split')}, {protocol.get('images')} images, "
-            f"alignment {protocol.get('alignment')}): {scores}"
-        )
+        report = read_json(path)
+        try:
+            protocol = report.get("protocol", {})
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
+            line = f"{path.parent.name} ({protocol.get('split')}, {protocol.get('images')} images, "
+            line += f"alignment {protocol.get('alignment')}): {scores}"
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is no evaluation's report: evaluate again.") from error
+        lines.append(f"- {in_short(line, 2000)}")
     return lines

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxpercept.checkpoints.values import check_description, check_numbers, in_short
+from jaxpercept.checkpoints.weights import read_json
 from jaxpercept.errors import UserError
 from jaxpercept.models.config import (
     AutoencoderTinyConfig,
@@ -38,7 +40,8 @@ def architectures(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     unknown = sorted(set(configs) - set(_CONFIG_CLASSES))
     if unknown:
         raise UserError(
-            f"the component {unknown[0]!r} is unknown: use {', '.join(_CONFIG_CLASSES)}."
+            f"the component {in_short(repr(unknown[0]))} is unknown: use "
+            f"{', '.join(_CONFIG_CLASSES)}."
         )
     return {name: config_of(config, _CONFIG_CLASSES[name]) for name, config in configs.items()}
 
@@ -53,7 +56,7 @@ class Description:
         method: the config's `method` section, `{"name": ..., options}`; empty for a checkpoint
             that was not trained here.
         recipe: arguments of `methods.recipe.Recipe.of` for a perception model that was not trained
-            here, `{"family": ..., changes}`.
+            here, `{"family": ..., changes}`; a file may change num_steps, timesteps and head.
         task: the task's name; empty for a bare text-to-image checkpoint.
         task_options: the task's attributes that the checkpoint decides.
         model_index: content of the checkpoint's model_index.json.
@@ -86,22 +89,23 @@ class Description:
         """Read `jaxpercept.json`.
 
         Raises:
-            UserError: the file is broken, or newer than this version of jaxpercept.
+            UserError: the file is broken, holds a value that cannot be, or is newer than this
+                version of jaxpercept.
         """
         path = folder / FILE_NAME
-        try:
-            content = json.loads(path.read_text())
-            version = content.pop("format")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): restore it or train anew."
-            ) from error
+        content = read_json(path)
+        version = content.pop("format", None)
         if version != FORMAT:
-            raise UserError(f"{path} has format {version}, this jaxpercept reads {FORMAT}: update.")
+            raise UserError(
+                f"{path} has format {in_short(repr(version))}, this jaxpercept reads {FORMAT}: "
+                "update jaxpercept, or restore the file."
+            )
+        check_description(content, path)
+        check_numbers(content["components"], path)
         try:
             content["components"] = architectures(content["components"])
-            if content["resolution"] is not None:
-                content["resolution"] = tuple(content["resolution"])
-            return cls(**content)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is incomplete ({error}): restore it or train anew.") from error
+        except UserError as error:
+            raise UserError(in_short(f"{path}: {error}", 1000)) from None
+        if content["resolution"] is not None:
+            content["resolution"] = tuple(content["resolution"])
+        return cls(**content)

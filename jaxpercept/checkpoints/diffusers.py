@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpercept.checkpoints import hub
+from jaxpercept.checkpoints.fit import network_of
 from jaxpercept.checkpoints.rules import to_jax
 from jaxpercept.checkpoints.tokenizer import TOKENIZER_FILES, missing_tokenizer_files
+from jaxpercept.checkpoints.values import (
+    check_model_index,
+    check_numbers,
+    check_scheduler,
+    in_short,
+)
 from jaxpercept.checkpoints.weights import (
     PICKLES,
     open_weights,
@@ -35,7 +42,6 @@ from jaxpercept.models.config import (
     config_of,
 )
 from jaxpercept.models.dpt import DPTConfig, published_tensors
-from jaxpercept.models.functional import functional
 
 __all__ = ["COMPONENTS", "Checkpoint", "load", "load_autoencoder", "load_parts", "read_configs"]
 
@@ -224,9 +230,9 @@ def _describe(folder: Path, configs: dict[str, Config], source: str) -> Checkpoi
     return Checkpoint(
         configs=configs,
         params={},
-        scheduler=_read_if_there(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=_read_if_there(folder / "scheduler" / "scheduler_config.json", check_scheduler),
         tokenizer_dir=None if missing_tokenizer_files(tokenizer) else tokenizer,
-        model_index=_read_if_there(folder / "model_index.json"),
+        model_index=_read_if_there(folder / "model_index.json", check_model_index),
         source=source,
     )
 
@@ -296,7 +302,8 @@ def _check_complete(folder: Path, places: _Places, variant: str | None) -> None:
             suffix = f".{variant}" if variant else ""
             missing.append(f"{_inside(place)}{COMPONENTS[name].stem}{suffix}.safetensors")
     if "text_encoder" in places:
-        missing += [f"tokenizer/{name}" for name in missing_tokenizer_files(folder / "tokenizer")]
+        tokenizer = Path(places["text_encoder"]).with_name("tokenizer")
+        missing += [f"{tokenizer}/{name}" for name in missing_tokenizer_files(folder / tokenizer)]
     if missing:
         raise UserError(
             f"{folder} lacks {', '.join(missing)}; complete the diffusers folder, for example from "
@@ -317,10 +324,11 @@ def _check_no_pickle(folder: str, names: Collection[str]) -> None:
 
 def _read_config(path: Path, kinds: Sequence[type]) -> Config:
     content = read_json(path)
+    check_numbers(content, path)
     try:
         return config_of(content, kinds)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(in_short(f"{path}: {error}", 1000)) from None
 
 
 def _read_params(
@@ -333,8 +341,9 @@ def _read_params(
 ) -> dict[str, Any]:
     """The parameters in a component's folder that `_check_complete` has accepted."""
     file = folder / _weight_file(folder, component, variant)
-    shapes = functional(config, head=head).shapes
-    return to_jax(shapes, open_weights(file), where=str(file), dtype=dtype)
+    tensors = open_weights(file)
+    shapes = network_of(config, len(tensors), file, head=head).shapes
+    return to_jax(shapes, tensors, where=str(file), dtype=dtype)
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -373,11 +382,20 @@ def _find_head(unet: Path) -> Path:
 def _read_head(file: Path, unet: UNetConfig, dtype: str | None) -> tuple[DPTConfig, dict[str, Any]]:
     """A DPT head for that UNet; its file comes without a config.json."""
     tensors, name = open_weights(file), "neck.convs.0.weight"
-    width = tensors[name].shape[0] if name in tensors else DPTConfig.fusion_hidden_size
-    config = DPTConfig(neck_hidden_sizes=unet.block_out_channels, fusion_hidden_size=width)
+    shape = tensors[name].shape if name in tensors else ()
+    width = shape[0] if shape else DPTConfig.fusion_hidden_size
+    try:
+        config = DPTConfig(neck_hidden_sizes=unet.block_out_channels, fusion_hidden_size=width)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     tensors = published_tensors(tensors, config)
-    return config, to_jax(functional(config).shapes, tensors, where=str(file), dtype=dtype)
+    shapes = network_of(config, len(tensors), file).shapes
+    return config, to_jax(shapes, tensors, where=str(file), dtype=dtype)
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _read_if_there(path: Path, check: Callable[[dict[str, Any], Path], None]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    check(content, path)
+    return content

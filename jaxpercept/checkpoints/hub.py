@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from jaxpercept.checkpoints.values import in_short
 from jaxpercept.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -32,14 +33,16 @@ def fetch(
         try:
             return function(*args, **kwargs)
         except Exception as error:  # the client's errors and its HTTP library's share no base class
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = in_short(str(error).strip().partition("\n")[0] or type(error).__name__, 400)
             raise UserError(
                 f"{repo} is no local folder and could not be downloaded from the Hugging Face hub "
                 f"({reason}); check the name, the network and, for gated models, `hf auth login`."
             ) from None
 
     if not _HUB_ID.fullmatch(repo):
-        raise UserError(f"{repo} is no folder; give a diffusers folder or a hub id (owner/name).")
+        raise UserError(
+            f"{in_short(repo)} is no folder; give a diffusers folder or a hub id (owner/name)."
+        )
     folder = Path(ask(huggingface_hub.snapshot_download, repo, allow_patterns=list(small_files)))
     try:
         names = huggingface_hub.HfApi().list_repo_files(repo, revision=folder.name)

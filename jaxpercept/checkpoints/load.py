@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import numpy as np
 
 from jaxpercept.checkpoints import diffusers, orbax
 from jaxpercept.checkpoints.description import FILE_NAME, Description
+from jaxpercept.checkpoints.fit import check_fit
 from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize
+from jaxpercept.checkpoints.values import in_short
 from jaxpercept.errors import UserError
 from jaxpercept.models.functional import functional
 
@@ -22,10 +26,22 @@ STEPS = "checkpoints"
 
 
 def resolve(source: str) -> str:
-    """The name of the embedded checkpoint becomes its folder; anything else stays as it is."""
+    """The name of the embedded checkpoint becomes its folder, `~` the home folder."""
     if source == EMBEDDED and not Path(source).exists():
         return str(resources.files("jaxpercept") / "assets" / EMBEDDED)
-    return source
+    return os.path.expanduser(source)
+
+
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """What the operating system says against reading a checkpoint, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        file = "" if error.filename in (None, source) else f" ({in_short(error.filename)})"
+        raise UserError(
+            f"{in_short(source)}{file} cannot be read: {error.strerror or in_short(error)}."
+        ) from error
 
 
 def describe(
@@ -36,10 +52,11 @@ def describe(
     Raises:
         UserError: nothing there, or not complete.
     """
-    folder = Path(resolve(source))
-    if (folder / FILE_NAME).is_file():
-        return Description.load(folder)
-    return _description(diffusers.read_configs(str(folder), components=tuple(components)))
+    with readable(source):
+        folder = Path(resolve(source))
+        if (folder / FILE_NAME).is_file():
+            return Description.load(folder)
+        return _description(diffusers.read_configs(str(folder), components=tuple(components)))
 
 
 def load_model(
@@ -62,26 +79,51 @@ def load_model(
         empty prompt where the checkpoint has a text encoder or was trained with one.
 
     Raises:
-        UserError: nothing there, or not complete.
+        UserError: nothing there, not complete, or the weights do not fit the description.
     """
-    folder = Path(resolve(source))
-    if not (folder / FILE_NAME).is_file():
+    with readable(source):
+        folder = Path(resolve(source))
+        if (folder / FILE_NAME).is_file():
+            return _load_own(folder, dtype)
         checkpoint, params = _load_diffusers(str(folder), components, dtype)
         return _description(checkpoint), params
+
+
+def _load_own(folder: Path, dtype: str | None) -> tuple[Description, Params]:
+    """A folder with a jaxpercept.json: of a training run, in Orbax, or in diffusers' layout."""
     description = Description.load(folder)
     if (folder / orbax.WEIGHTS).is_dir():
-        return description, orbax.load_params(folder / orbax.WEIGHTS)
+        return description, _load_stores(description, [folder / orbax.WEIGHTS])
     if (folder / "model_index.json").is_file():
         networks = [name for name in description.components if name in diffusers.COMPONENTS]
+        own = diffusers.read_configs(folder, components=networks).configs
+        for name, config in description.components.items():
+            if own.get(name) != config:
+                raise UserError(
+                    f"{folder / name / 'config.json'} and {folder / FILE_NAME} describe different "
+                    "networks: restore both from the same export."
+                )
         return description, _load_diffusers(str(folder), networks, dtype)[1]
     step = latest_step(folder)
     if step is None:
         raise UserError(
             f"{folder} holds no finished checkpoint yet: let the training reach its first save."
         )
-    return description, merge_params(
-        load_frozen(folder), orbax.load_params(folder / STEPS / str(step) / "params")
+    frozen = [folder / FROZEN] if (folder / FROZEN).is_dir() else []
+    return description, _load_stores(description, [*frozen, folder / STEPS / str(step) / "params"])
+
+
+def _load_stores(description: Description, folders: Sequence[Path]) -> Params:
+    """The weights in Orbax folders, later ones winning, once their shapes are known to fit."""
+    shapes = [orbax.load_shapes(folder) for folder in folders]
+    check_fit(
+        description.components,
+        merge_params(*shapes),
+        folders[-1],
+        dpt=description.recipe.get("head") == "dpt",
     )
+    parts = [orbax.load_params(*stored) for stored in zip(folders, shapes, strict=True)]
+    return merge_params(*parts)
 
 
 def load_frozen(workdir: Path) -> Params:
@@ -135,16 +177,24 @@ def encode_empty_prompt(checkpoint: diffusers.Checkpoint, *, padded: bool = Fals
     the end token [GenPercept `genpercept_trainer.py`]; Lotus pads it to the text tower's length.
 
     Raises:
-        UserError: padding is asked for, and there is no tokenizer to say with what.
+        UserError: there is no tokenizer, it does not fit the text encoder, or the encoder's output
+            is not finite.
     """
     config = checkpoint.configs["text_encoder"]
-    ids = np.asarray([[config.bos_token_id, config.eos_token_id]], np.int32)
-    if checkpoint.tokenizer_dir is not None:
-        tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
-        length = min(tokenizer.model_max_length, config.max_position_embeddings)
-        ids = tokenize(tokenizer, [""], length if padded else None)
-    elif padded:
-        raise UserError(f"{checkpoint.source} has no tokenizer, which padding its prompt needs.")
+    tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
+    length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    ids = tokenize(tokenizer, [""], length if padded else None)
+    if not ids.size or ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise UserError(
+            f"{checkpoint.tokenizer_dir} gives tokens that the text encoder does not know (it has "
+            f"{config.vocab_size}): use the tokenizer of the same model."
+        )
     encoder = functional(config)
     encode = jax.jit(lambda params, ids: encoder.bind(params)(ids))
-    return np.asarray(encode(checkpoint.params["text_encoder"], ids))
+    embedding = np.asarray(encode(checkpoint.params["text_encoder"], ids))
+    if not np.isfinite(embedding).all():
+        raise UserError(
+            f"The text encoder of {checkpoint.source} gives values that are not finite: its "
+            "weights are damaged, download or export them again."
+        )
+    return embedding

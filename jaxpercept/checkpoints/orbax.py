@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxpercept.checkpoints.description import Description
+from jaxpercept.checkpoints.values import in_short
 from jaxpercept.errors import UserError
 
 Params = dict[str, dict[str, Any]]
 WEIGHTS = "weights"
+
+
+def _waiting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler's method that fails only when all reads it began have ended.
+
+    Orbax reads all arrays at once and gives up at the first that fails. The others would then
+    report to an event loop that is closed, each with a traceback on stderr.
+    """
+
+    @functools.wraps(method)
+    async def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = asyncio.all_tasks()
+        try:
+            return await method(self, *args, **kwargs)
+        except Exception:
+            await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
+            raise
+
+    return waiting
+
+
+class _ArrayHandler(ocp.type_handlers.ArrayHandler):
+    metadata = _waiting(ocp.type_handlers.ArrayHandler.metadata)
+    deserialize = _waiting(ocp.type_handlers.ArrayHandler.deserialize)
+
+
+class _NumpyHandler(ocp.type_handlers.NumpyHandler):
+    metadata = _waiting(ocp.type_handlers.NumpyHandler.metadata)
+    deserialize = _waiting(ocp.type_handlers.NumpyHandler.deserialize)
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -24,9 +57,9 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
     Copies of a large array are written by all devices that hold one, each a part. Orbax compiles
     a program for every shape it cuts so: for hundreds of small arrays one device writes it all.
     """
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    arrays = _ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        (jax.Array, arrays), (np.ndarray, _NumpyHandler())
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
@@ -40,13 +73,17 @@ def save_params(folder: Path, params: Params) -> None:
         checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(params), force=True)
 
 
-def load_params(folder: Path) -> Params:
+def load_params(folder: Path, shapes: dict[str, Any] | None = None) -> Params:
     """Read weights, written by `save_params` or by a training run, as NumPy arrays.
+
+    Args:
+        folder: the weights' own.
+        shapes: what `load_shapes` said, where it was asked before.
 
     Raises:
         UserError: the folder is no complete Orbax checkpoint, or a weight is not finite.
     """
-    shapes = load_shapes(folder)
+    shapes = load_shapes(folder) if shapes is None else shapes
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     with _complaint(folder):
         # The handler, not a Checkpointer: `params` is one item of a run's checkpoint, and only
@@ -86,14 +123,22 @@ def load_sharded(folder: Path, place: Callable[[Any], Any]) -> Params:
 
 
 def load_shapes(folder: Path) -> dict[str, Any]:
-    """Shapes and dtypes of the arrays in a folder, as a tree of `jax.ShapeDtypeStruct`.
+    """Shapes and dtypes of the arrays in a folder: `{component: {path: jax.ShapeDtypeStruct}}`.
 
     Raises:
-        UserError: the folder is no complete Orbax checkpoint.
+        UserError: the folder is no complete Orbax checkpoint, or not one of weights.
     """
     with _complaint(folder):
         tree = array_handler().metadata(folder.resolve()).tree
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    for component, leaves in shapes.items():
+        for path, leaf in leaves.items() if isinstance(leaves, dict) else [("", None)]:
+            if not isinstance(leaf, jax.ShapeDtypeStruct) or not _is_float(leaf.dtype):
+                raise UserError(
+                    f"{folder} holds {in_short(f'{component}/{path}')}, which is no array of "
+                    "floating-point numbers: it is not a model's weights."
+                )
+    return shapes
 
 
 def save_export(folder: Path, description: Description, params: Params) -> None:
@@ -103,14 +148,18 @@ def save_export(folder: Path, description: Description, params: Params) -> None:
     description.save(folder)
 
 
+def _is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
 @contextmanager
 def _complaint(folder: Path) -> Iterator[None]:
-    """What Orbax raises on damaged files, as one sentence."""
+    """What Orbax raises on damaged files, which is almost anything, as one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder} holds no complete Orbax checkpoint ({reason[:200]}): copy it again, or "
+            f"{folder} holds no complete Orbax checkpoint ({in_short(reason)}): copy it again, or "
             "remove it where a run has an earlier one."
         ) from error

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
+from jaxpercept.checkpoints.values import listed
 from jaxpercept.errors import UserError
 
 # (name here, rank) -> (name in PyTorch, axes of the tensor in the order they have here).
@@ -79,9 +80,9 @@ def to_jax(
 
     problems = []
     if missing := wanted.keys() - stored.keys():
-        problems.append(f"missing {_some(missing)}")
+        problems.append(f"missing {listed(missing)}")
     if extra := stored.keys() - wanted.keys():
-        problems.append(f"not expected {_some(stored[name] for name in extra)}")
+        problems.append(f"not expected {listed(stored[name] for name in extra)}")
     misshaped = []
     for name in wanted.keys() & stored.keys():
         want = _torch_shape(shapes[wanted[name]].shape, wanted[name])
@@ -89,7 +90,7 @@ def to_jax(
         if have != want:
             misshaped.append(f"{stored[name]} {list(have)} instead of {list(want)}")
     if misshaped:
-        problems.append(f"of another shape {_some(misshaped)}")
+        problems.append(f"of another shape {listed(misshaped)}")
     if problems:
         raise UserError(
             f"The tensors of {where} do not fit its config.json: {'; '.join(problems)}; "
@@ -102,7 +103,8 @@ def to_jax(
         tensor = tensor.reshape(_torch_shape(shapes[path].shape, path))
         params[path] = _transposed(tensor, _axes(path, tensor.ndim))
         if dtype is not None:
-            params[path] = params[path].astype(DTYPES[dtype], copy=False)
+            with np.errstate(over="ignore"):  # what becomes infinite is refused below
+                params[path] = params[path].astype(DTYPES[dtype], copy=False)
         if not np.isfinite(params[path]).all():
             raise UserError(
                 f"Tensor {stored[name]} of {where} holds NaN or infinite values; "
@@ -162,12 +164,6 @@ def _current_names(tensors: Iterable[str], wanted: Mapping[str, str], where: str
             )
         stored[name] = key
     return stored
-
-
-def _some(names: Iterable[str], limit: int = 10) -> str:
-    names = sorted(names)
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return f"({len(names)}): {', '.join(names[:limit])}{more}"
 
 
 def _transposed(x: Shaped[np.ndarray, "..."], axes: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int32
 
+from jaxpercept.checkpoints.values import in_short
 from jaxpercept.checkpoints.weights import atomic_write, write_json
 from jaxpercept.errors import UserError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+_MAX_LENGTH = 2**16
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -34,7 +36,7 @@ def missing_tokenizer_files(folder: Path) -> list[str]:
 
 
 def load_tokenizer(folder: str | Path | None) -> Any:
-    """The tokenizer in a folder, as transformers' `CLIPTokenizer`.
+    """The tokenizer in a folder, as transformers' `CLIPTokenizer`, whatever class the files name.
 
     Raises:
       UserError: no tokenizer there, or a damaged one.
@@ -49,12 +51,16 @@ def load_tokenizer(folder: str | Path | None) -> Any:
     from transformers import CLIPTokenizer  # imported here: it takes seconds
 
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        longest = tokenizer.model_max_length
+        if type(longest) not in (int, float) or not longest >= 2:
+            raise ValueError(f"its model_max_length is {longest!r}")
     except Exception as error:  # the Rust library raises Exception itself on a damaged vocabulary
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = in_short((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise UserError(
             f"{folder} holds a damaged tokenizer ({reason}); download it again."
         ) from None
+    return tokenizer
 
 
 def tokenize(
@@ -71,7 +77,8 @@ def tokenize(
     """
     if not texts:
         return np.zeros((0, max_length or 0), np.int32)
-    length = tokenizer.model_max_length if max_length is None else max_length
+    # transformers gives 10^30 where the files name no length.
+    length = min(tokenizer.model_max_length, _MAX_LENGTH) if max_length is None else max_length
     ids = tokenizer(
         list(texts),
         padding=False if max_length is None else "max_length",
@@ -80,7 +87,7 @@ def tokenize(
     )["input_ids"]
     if len({len(row) for row in ids}) > 1:
         raise UserError("The prompts differ in length when tokenised; give a max_length to pad to.")
-    return np.asarray(ids, np.int32)
+    return np.asarray(ids).astype(np.int32)
 
 
 def train_tokenizer(

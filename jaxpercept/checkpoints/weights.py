@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
+from jaxpercept.checkpoints.values import in_short
 from jaxpercept.errors import UserError
 
 FLOAT_TYPES = {
@@ -26,6 +27,11 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".bin.index.json")
 
 # Plain file names first: they hold float32, or whatever the author thought best.
 _PREFERENCE = ("", "fp32", "bf16", "fp16")
+
+# Far beyond any JSON file that is read whole; the index of a thousand shards has a few MB.
+_MAX_JSON_BYTES = 2**26
+_MAX_JSON_DEPTH = 32
+_MAX_NAME = 300
 
 
 class StoredTensor:
@@ -78,7 +84,9 @@ def shard_names(index: Path) -> list[str]:
     """File names listed by a `*.safetensors.index.json`.
 
     Raises:
-      UserError: the index is damaged, or names a file outside its folder or a pickle.
+      UserError: the index is damaged, or names a file outside its folder or a pickle. (The file
+        itself may be a symbolic link to anywhere, as all files of the hub's cache are: it is only
+        read, and only as safetensors.)
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -88,8 +96,8 @@ def shard_names(index: Path) -> list[str]:
         plain = plain and name == PureWindowsPath(name).name and name not in ("", ".", "..")
         if not plain or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index} names {name!r}, which is not a safetensors file of its own folder; "
-                "do not use this checkpoint."
+                f"{index} names {in_short(repr(name))}, which is not a safetensors file of its own "
+                "folder; do not use this checkpoint."
             )
     return sorted(set(weight_map.values()))
 
@@ -112,7 +120,7 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
     if absent := read_json(path)["weight_map"].keys() - tensors.keys():
         raise UserError(
             f"{path} lists {len(absent)} tensors that its shards do not hold, the first being "
-            f"{min(absent)}; download the checkpoint again."
+            f"{in_short(min(absent))}; download the checkpoint again."
         )
     return tensors
 
@@ -129,6 +137,11 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
         ) from None
     tensors = {}
     for name, kind in kinds.items():
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise UserError(
+                f"{path} has a tensor named {in_short(repr(name), 80)}, which is no layer's name; "
+                "do not use this checkpoint."
+            )
         # Integer buffers pass when their name says so; the strict rules drop them unread.
         if kind not in FLOAT_TYPES and not name.endswith("position_ids"):
             raise UserError(
@@ -195,14 +208,39 @@ def atomic_write(path: Path):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a UserError names the file where it is damaged."""
+    """The object in a JSON file; a UserError names the file where it is damaged.
+
+    Refused as well are files that no part of a checkpoint is: huge ones, and those nested so deep
+    that code which follows them would end in a recursion error.
+    """
     try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {_MAX_JSON_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
+        if _deeper(content, _MAX_JSON_DEPTH):
+            raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} deep")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({_first_line(error)}).") from None
+        raise UserError(
+            f"{path} cannot be read as JSON ({_first_line(error)}); download it again."
+        ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object.")
+        raise UserError(f"{path} must hold a JSON object; download it again.")
     return content
+
+
+def _deeper(content: Any, limit: int) -> bool:
+    """Whether lists and objects are nested more than `limit` deep."""
+    level = [content] if isinstance(content, dict | list) else []
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -211,4 +249,4 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return in_short((str(error).splitlines() or [type(error).__name__])[0])

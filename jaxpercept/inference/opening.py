@@ -10,12 +10,16 @@ import jax.numpy as jnp
 
 from jaxpercept.checkpoints.description import FILE_NAME, Description
 from jaxpercept.checkpoints.diffusers import Checkpoint, load_autoencoder, load_parts
-from jaxpercept.checkpoints.load import encode_empty_prompt, load_model, resolve
+from jaxpercept.checkpoints.fit import prompt_widths
+from jaxpercept.checkpoints.load import encode_empty_prompt, load_model, readable, resolve
+from jaxpercept.diffusion.schedule import NoiseSchedule
 from jaxpercept.errors import UserError
+from jaxpercept.inference.outputs import target_names
 from jaxpercept.inference.predictor import Params
 from jaxpercept.methods import Perception, build_perception
 from jaxpercept.methods.families import recognise
 from jaxpercept.methods.recipe import Recipe
+from jaxpercept.models.config import AutoencoderConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 _NETWORKS = ("unet", "vae", "text_encoder")
@@ -34,25 +38,32 @@ def open_perception(
     """A checkpoint of any kind and family; arguments as `PerceptionPipeline.from_pretrained`.
 
     Returns:
-        The description, with an empty task where it is a text-to-image model that predicts nothing,
-        and the weights as NumPy arrays.
+        The description and the weights as NumPy arrays.
 
     Raises:
-        UserError: nothing complete there, or something must be named.
+        UserError: nothing complete there, something must be named, the parts make no model, or it
+            is a text-to-image model that was never fine-tuned. All but the prompt's own faults are
+            found before anything is compiled.
     """
-    folder = Path(resolve(source)).expanduser()
-    if (folder / FILE_NAME).is_file():
-        named = {"task": task, "family": family, "base": base}
-        if given := [name for name, value in named.items() if value is not None]:
-            raise UserError(
-                f"{source} says itself what it is and has all it needs: leave --{given[0]} out."
-            )
-        description, params = load_model(source)
-    else:
-        description, params = describe(assemble(source, base), family=family, task=task)
-    for component, other in (("vae", vae), ("decoder", decoder)):
-        if other is not None:
-            description, params = _replace(description, params, component, os.fspath(other))
+    with readable(source):
+        folder = Path(resolve(source))
+        if (folder / FILE_NAME).is_file():
+            named = {"task": task, "family": family, "base": base}
+            if given := [name for name, value in named.items() if value is not None]:
+                raise UserError(
+                    f"{source} says itself what it is and has all it needs: leave --{given[0]} out."
+                )
+            description = Description.load(folder)
+            if not description.task:
+                raise _not_fine_tuned(source)
+            check_runs(description, source)
+            description, params = load_model(source)
+        else:
+            checkpoint = assemble(source, base)
+            description, params = describe(checkpoint, family=family, task=task, must_predict=True)
+        for component, other in (("vae", vae), ("decoder", decoder)):
+            if other is not None:
+                description, params = _replace(description, params, component, os.fspath(other))
     return description, params
 
 
@@ -89,12 +100,18 @@ def assemble(source: str, base: Source | None, *, dtype: str | None = "float32")
 
 
 def describe(
-    checkpoint: Checkpoint, *, family: str | None = None, task: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    family: str | None = None,
+    task: str | None = None,
+    must_predict: bool = False,
 ) -> tuple[Description, Params]:
     """What a complete diffusers checkpoint predicts, and its weights with the encoded prompt.
 
+    The task is empty for a text-to-image model, which `must_predict` refuses.
+
     Raises:
-        UserError: the task or the family must be named.
+        UserError: the task or the family must be named, or the parts make no model.
     """
     params = dict(checkpoint.params)
     description = Description(
@@ -112,8 +129,6 @@ def describe(
         task=task,
         head="dpt" if "head" in checkpoint.configs else "vae",
     )
-    padded = found is not None and Recipe.of(**found.recipe).padded_prompt
-    params["prompt"] = {"embedding": encode_empty_prompt(checkpoint, padded=padded)}
     if found is not None:
         description = dataclasses.replace(
             description,
@@ -122,14 +137,88 @@ def describe(
             task_options=found.task_options,
             resolution=found.resolution,
         )
+    elif must_predict:
+        raise _not_fine_tuned(checkpoint.source)
+    check_runs(description, checkpoint.source)
+    padded = found is not None and Recipe.of(**found.recipe).padded_prompt
+    params["prompt"] = {"embedding": encode_empty_prompt(checkpoint, padded=padded)}
     return description, params
 
 
-def _replace(
-    description: Description, params: Params, component: str, source: str
-) -> tuple[Description, Params]:
-    config, weights = load_autoencoder(source)
-    own = description.components["vae"]
+def check_runs(description: Description, source: str) -> None:
+    """Raises a UserError where the parts of a checkpoint cannot work together.
+
+    It needs no weights and compiles nothing.
+    """
+    try:
+        NoiseSchedule.from_config(description.scheduler)
+        _check_widths(description)
+        if description.task:
+            _check_predicts(description)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _check_widths(description: Description) -> None:
+    """The networks, two by two."""
+    parts = description.components
+    if "text_encoder" in parts and "unet" in parts:
+        own, widths = parts["text_encoder"].hidden_size, prompt_widths(parts["unet"])
+        if widths != {own}:
+            raise UserError(
+                f"the text encoder puts out {own} channels, and the UNet takes "
+                f"{' and '.join(map(str, sorted(widths)))}: use the one it was trained with."
+            )
+    for name in {"vae", "decoder"} & parts.keys():
+        vae = parts[name]
+        if (vae.in_channels, vae.out_channels) != (3, 3):
+            raise UserError(
+                f"the autoencoder {name!r} takes {vae.in_channels} channels and gives "
+                f"{vae.out_channels}: images have 3."
+            )
+        _check_latents(vae, parts.get("vae", vae), repr(name))
+
+
+def _check_predicts(description: Description) -> None:
+    """The recipe, and that the networks and the schedule are its family's."""
+    parts = description.components
+    if not description.recipe and description.method.get("name") != "one_step":
+        raise UserError(f"it names a task and no method that predicts: restore its {FILE_NAME}.")
+    if missing := [name for name in ("unet", "vae") if name not in parts]:
+        raise UserError(f"it holds no {' and no '.join(missing)}: give a complete checkpoint.")
+    perception = build_perception(description)
+    recipe = perception.recipe
+    if not description.scheduler and "beta_start" not in dict(recipe.scheduler):
+        raise UserError(
+            "scheduler/scheduler_config.json is missing, which says the noise levels of a "
+            f"{recipe.family} model: download it."
+        )
+    unet, gives = parts["unet"], len(recipe.task_vector or ())
+    projects = unet.class_embed_type == "projection"
+    takes = unet.projection_class_embeddings_input_dim if projects else 0
+    if takes != gives:
+        raise UserError(
+            f"the UNet takes a task vector of {takes} values, and {recipe.family} models give "
+            f"{gives}: it is of another family."
+        )
+    if recipe.head == "dpt":
+        if recipe.timesteps is None or "head" not in parts:
+            raise UserError("it lacks the DPT head that its recipe names: restore it.")
+    else:
+        given = {} if recipe.timesteps is None else {"timesteps": recipe.timesteps}
+        perception.solver.steps(recipe.num_steps, **given)  # raises where they do not fit
+    targets = description.model_index.get("target_properties")
+    if description.task == "intrinsics" and targets:
+        target_names(targets)
+        if len(targets["target_names"]) != perception.targets:
+            raise UserError(
+                f"target_properties names {len(targets['target_names'])} targets, and the UNet "
+                f"predicts {perception.targets}: correct model_index.json."
+            )
+
+
+def _check_latents(config: AutoencoderConfig, own: AutoencoderConfig, source: str) -> None:
+    """Raises a UserError where an autoencoder cannot stand in the place of the model's own."""
     if (config.latent_channels, config.downsampling) != (own.latent_channels, own.downsampling):
         raise UserError(
             f"the autoencoder {source} has {config.latent_channels} latent channels of "
@@ -137,6 +226,13 @@ def _replace(
             f"{own.latent_channels} of {own.downsampling} x {own.downsampling}: use one made for "
             "it."
         )
+
+
+def _replace(
+    description: Description, params: Params, component: str, source: str
+) -> tuple[Description, Params]:
+    config, weights = load_autoencoder(source)
+    _check_latents(config, description.components["vae"], source)
     components = {**description.components, component: config}
     return dataclasses.replace(description, components=components), {**params, component: weights}
 

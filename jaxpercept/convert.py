@@ -30,11 +30,11 @@ import numpy as np
 from absl import flags
 
 from jaxpercept import cli
-from jaxpercept.checkpoints import diffusers, diffusers_write, orbax
+from jaxpercept.checkpoints import diffusers, diffusers_write, load, orbax
 from jaxpercept.checkpoints.card import write_card
 from jaxpercept.checkpoints.check import check_against_torch
 from jaxpercept.checkpoints.description import FILE_NAME, Description
-from jaxpercept.checkpoints.load import load_model, readable, resolve
+from jaxpercept.checkpoints.load import readable, resolve
 from jaxpercept.checkpoints.rules import DTYPES
 from jaxpercept.checkpoints.tokenizer import missing_tokenizer_files
 from jaxpercept.checkpoints.values import in_short
@@ -214,8 +214,8 @@ def open_model(
             checkpoint = assemble(source, base, dtype=None)
             description, params = describe(checkpoint, family=family, task=task)
             return Model(description, params, checkpoint.tokenizer_dir)
-        check_runs(Description.load(folder), source)
-        description, params = load_model(source, dtype=None)
+        check_runs(load.describe(source), source)
+        description, params = load.load_model(source, dtype=None)
         tokenizer = folder / "tokenizer"
         return Model(description, params, None if missing_tokenizer_files(tokenizer) else tokenizer)
 

@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,15 +31,15 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from PIL import ExifTags, Image
 from tqdm import tqdm
 
 import jaxpercept
 from jaxpercept import cli
-from jaxpercept.data.readers import RGB_SUFFIXES, UnreadableFileError, read_rgb
+from jaxpercept.data.readers import UnreadableFileError, read_rgb
 from jaxpercept.errors import UserError
+from jaxpercept.inference.image_files import Job, decoded, find_images, size_on_disk
 from jaxpercept.inference.opening import DTYPES
-from jaxpercept.inference.outputs import AXES, ENDINGS, save_prediction
+from jaxpercept.inference.outputs import AXES, save_prediction
 from jaxpercept.inference.pipeline import PerceptionOutput, PerceptionPipeline
 from jaxpercept.inference.point_cloud import Intrinsics, save_point_cloud
 from jaxpercept.inference.predictor import pad_rows, plan_batches
@@ -104,15 +102,8 @@ flags.DEFINE_float("shift", None, "See --scale.", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAGS)
 OWN_FLAGS = tuple(FLAGS)
 REQUIRED = ("checkpoint", "input", "output")
+_MANY_SIZES = 5  # from so many on, compiling takes longer than most folders' predictions
 _OPENING = ("task", "family", "base", "vae", "decoder", "vae_tile", "pad_multiple", "dtype")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One image to predict for: where it lies, and the name, without ending, of its outputs."""
-
-    path: Path
-    name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +182,14 @@ def predict(
         ThreadPoolExecutor() as threads,
         tqdm(total=len(jobs), desc="predicting", unit="image") as bar,
     ):
-        sizes = list(threads.map(_size_on_disk, [job.path for job in jobs]))
+        sizes = list(threads.map(size_on_disk, [job.path for job in jobs]))
+        if not (tile or opening.get("pad_multiple")):
+            _advise(pipeline, sizes, options.get("processing_resolution"), bar)
         devices = 1 if tile else sharding.batch_devices(pipeline.mesh)
         together = max((batch_size or devices) // options.get("ensemble_size", 1), 1)
         plan = plan_batches(sizes, together, devices)
         writing: list[Future] = []
-        for batch, rows in _decoded(jobs, plan, threads, failures, bar):
+        for batch, rows in decoded(jobs, plan, threads, failures, bar):
             images = np.stack([image for _, image in batch])
             result = call(pad_rows(images, rows), **options)
             # Files are written while the next batch is predicted; errors surface here.
@@ -208,6 +201,22 @@ def predict(
             bar.update(len(batch))
         _wait(writing)
     return failures
+
+
+def _advise(
+    pipeline: PerceptionPipeline,
+    sizes: Iterable[tuple[int, int] | None],
+    resolution: int | None,
+    bar: tqdm,
+) -> None:
+    """Say so where the images' sizes make many programs to compile."""
+    found = {pipeline.network_size(size, resolution) for size in {*sizes} if size is not None}
+    if len(found) >= _MANY_SIZES:
+        bar.write(
+            f"The network sees {len(found)} sizes of images and is compiled for each: "
+            "--pad_multiple=64 makes them fewer, and changes predictions a little.",
+            file=sys.stderr,
+        )
 
 
 def _check_point_cloud(pipeline: PerceptionPipeline, files: Files) -> None:
@@ -266,97 +275,6 @@ def _predict_sequence(
             result = dataclasses.replace(results[number], prediction=prediction)
             _write(output, job, read_rgb(job.path), result, 0, files)
     return failures
-
-
-def find_images(source: Path, output: Path) -> list[Job]:
-    """The images to predict for, in order of their paths.
-
-    Files whose ending is no image's are ignored, and so is what lies in `output`. Images that share
-    a stem (a.jpg and a.png) keep their ending in the name (a_jpg, a_png).
-
-    Raises:
-        UserError: there is no image, or an output would replace an image.
-    """
-    if source.is_dir():
-        if output.resolve() == source.resolve():
-            raise UserError(f"--output is the folder of the images, {source}: give another one.")
-        inside = output.resolve()
-        found = sorted(
-            path
-            for path in source.rglob("*")
-            if path.suffix.lower() in RGB_SUFFIXES
-            and not path.name.startswith(".")
-            and inside not in path.resolve().parents
-        )
-        if not found:
-            raise UserError(
-                f"{source} holds no image ({', '.join(sorted(RGB_SUFFIXES))}): give a folder that "
-                "does."
-            )
-        names = output_names([path.relative_to(source) for path in found])
-    elif source.exists():
-        found, names = [source], [source.stem]
-    else:
-        raise UserError(f"--input {source} does not exist: give an image or a folder of images.")
-    written = {(output / f"{name}{ending}").resolve() for name in names for ending in ENDINGS}
-    for path in found:
-        if path.resolve() in written:
-            raise UserError(f"the output would replace {path}: give another --output.")
-    return [Job(path, name) for path, name in zip(found, names, strict=True)]
-
-
-def output_names(paths: Sequence[Path]) -> list[str]:
-    """A name without ending for each path, such that no two images' output files collide."""
-    stems = Counter(str(path.with_suffix("")) for path in paths)
-    taken: set[str] = set()
-    names = []
-    for path in paths:
-        stem, long = str(path.with_suffix("")), f"{path.with_suffix('')}_{path.suffix[1:]}"
-        numbered = (f"{long}_{number}" for number in itertools.count(2))
-        candidates = itertools.chain([stem] if stems[stem] == 1 else [], [long], numbered)
-        name = next(n for n in candidates if not taken & {n + ending for ending in ENDINGS})
-        taken |= {name + ending for ending in ENDINGS}
-        names.append(name)
-    return names
-
-
-def _size_on_disk(path: Path) -> tuple[int, int] | None:
-    """(height, width) from the file's header, upright; None if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except Exception:  # Damaged files raise almost anything; decoding will name the file.
-        return None
-    return (width, height) if sideways else (height, width)
-
-
-def _decoded(
-    jobs: Sequence[Job],
-    plan: Sequence[tuple[list[int], int]],
-    threads: ThreadPoolExecutor,
-    failures: list[str],
-    bar: tqdm,
-) -> Iterator[tuple[list[tuple[Job, np.ndarray]], int]]:
-    """(images, rows) of each batch, one batch ahead; what cannot be read is named and left out."""
-
-    def start(batch: tuple[list[int], int] | None) -> list[tuple[Job, Future]]:
-        items = batch[0] if batch else []
-        return [(jobs[i], threads.submit(read_rgb, jobs[i].path)) for i in items]
-
-    ahead = start(plan[0] if plan else None)
-    for number, (_, rows) in enumerate(plan):
-        current, ahead = ahead, start(plan[number + 1] if number + 1 < len(plan) else None)
-        batch = []
-        for job, future in current:
-            try:
-                batch.append((job, future.result()))
-            except UnreadableFileError as error:
-                failures.append(str(error))
-                bar.write(f"skipped: {error}", file=sys.stderr)
-                bar.update()
-        if batch:
-            yield batch, rows
 
 
 def _write(

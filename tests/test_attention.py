@@ -85,7 +85,7 @@ def test_auto_goes_in_chunks_where_scores_are_many(rng, monkeypatch):
 def test_cudnn_that_does_not_compile_is_not_chosen(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     q = jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
-    assert attention._choose(q, q, False) == "xla"  # these tests have no cuDNN
+    assert attention.choose_implementation(q, q) == "xla"  # these tests have no cuDNN
 
 
 def test_cudnn_is_chosen_where_it_applies(monkeypatch):
@@ -94,7 +94,7 @@ def test_cudnn_is_chosen_where_it_applies(monkeypatch):
 
     def choice(tq, tk, d, dtype=jnp.bfloat16, is_causal=False):
         q, k = jnp.zeros((1, tq, 2, d), dtype), jnp.zeros((1, tk, 2, d), dtype)
-        return attention._choose(q, k, is_causal)
+        return attention.choose_implementation(q, k, is_causal=is_causal)
 
     assert choice(256, 256, 64) == choice(256, 256, 40, jnp.float16) == "cudnn"
     assert choice(256, 256, 64, jnp.float32) == "xla"

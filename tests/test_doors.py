@@ -21,6 +21,7 @@ from tiny_model import quick_compile  # noqa: F401
 import jaxpercept
 from jaxpercept import cli, evaluate, predict
 from jaxpercept.errors import UserError
+from jaxpercept.inference import image_files
 from jaxpercept.inference.outputs import ENDINGS
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
@@ -211,6 +212,16 @@ def test_predict_a_folder(checkpoint, tmp_path, rng, capsys):
     np.testing.assert_allclose(np.load(output / "sub/b.npy"), alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("multiple", [0, 8])
+def test_many_sizes_are_worth_a_hint(checkpoint, tmp_path, rng, capsys, monkeypatch, multiple):
+    for width in range(16, 48, 4):
+        image(rng, 16, width).save(tmp_path / f"{width}.png")
+    monkeypatch.setattr(predict, "decoded", lambda *_: iter(()))  # no predictions
+    predict.predict(str(checkpoint), tmp_path, tmp_path / "out", pad_multiple=multiple)
+    shown = capsys.readouterr().err
+    assert ("compiled for each: --pad_multiple=64" in shown) == (multiple == 0)
+
+
 def test_predict_refuses_what_cannot_work(checkpoint, tmp_path, rng):
     photo = tmp_path / "photos/a.png"
     photo.parent.mkdir()
@@ -237,7 +248,7 @@ def test_earlier_outputs_are_not_taken_for_images(tmp_path, rng):
     image(rng, 8, 8).save(tmp_path / "a.png")
     (tmp_path / "out").mkdir()
     image(rng, 8, 8).save(tmp_path / "out/a.png")
-    jobs = predict.find_images(tmp_path, tmp_path / "out")
+    jobs = image_files.find_images(tmp_path, tmp_path / "out")
     assert [job.path for job in jobs] == [tmp_path / "a.png"]
 
 
@@ -252,7 +263,7 @@ def test_earlier_outputs_are_not_taken_for_images(tmp_path, rng):
     )
 )
 def test_output_names_never_collide(files):
-    names = predict.output_names([Path(stem + suffix) for stem, suffix in sorted(files)])
+    names = image_files.output_names([Path(stem + suffix) for stem, suffix in sorted(files)])
     written = [name + ending for name in names for ending in ENDINGS]
     assert len(set(written)) == len(written)
     assert len(names) == len(files)

@@ -29,8 +29,8 @@ from jaxpercept.inference.ensemble import (
     ensemble_intrinsics,
     ensemble_normals,
     procrustes,
-    torch_sum,
 )
+from jaxpercept.inference.ensemble_search import torch_sum
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_thread")
 on_x86 = pytest.mark.skipif(

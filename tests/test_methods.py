@@ -17,7 +17,7 @@ from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods import build_method
 from jaxpercept.methods.one_step import to_signed
-from jaxpercept.models.config import CLIPTextConfig
+from jaxpercept.models.config import AutoencoderTinyConfig, CLIPTextConfig
 from jaxpercept.models.functional import functional
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -322,6 +322,9 @@ def test_networks_that_do_not_fit_are_named():
     wide = type(unet).from_dict({**unet.to_dict(), "in_channels": 8})
     with pytest.raises(UserError, match="takes 8 and gives 4"):
         build_method(tiny_model.description(components={"unet": wide, "vae": vae}))
+    tiny = {"vae": AutoencoderTinyConfig()}
+    with pytest.raises(UserError, match="trains an AutoencoderKL, and random holds an Autoencoder"):
+        build_method(tiny_model.description(components=tiny, method={"name": "autoencoder"}))
 
 
 def test_a_model_can_be_trained_in_bfloat16(model, rng):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpercept.checkpoints import hub
-from jaxpercept.checkpoints.fit import network_of
+from jaxpercept.checkpoints.fit import check_layers, head_config, lacks_output
 from jaxpercept.checkpoints.rules import to_jax
 from jaxpercept.checkpoints.tokenizer import TOKENIZER_FILES, missing_tokenizer_files
 from jaxpercept.checkpoints.values import (
@@ -42,8 +42,7 @@ from jaxpercept.models.config import (
     config_of,
 )
 from jaxpercept.models.dpt import DPTConfig, published_tensors
-
-__all__ = ["COMPONENTS", "Checkpoint", "load", "load_autoencoder", "load_parts", "read_configs"]
+from jaxpercept.models.functional import functional
 
 Config = UNetConfig | AutoencoderConfig | CLIPTextConfig | DPTConfig
 Params = dict[str, dict[str, Any]]
@@ -115,7 +114,8 @@ def load(
     """
     folder, checkpoint = _open(str(path_or_hub_id), components, variant)
     for name, config in checkpoint.configs.items():
-        checkpoint.params[name] = _read_params(folder / name, name, config, variant, dtype)
+        file = find_weights(folder / name, name, variant)
+        checkpoint.params[name] = _read_params(file, config, dtype)
     return checkpoint
 
 
@@ -140,8 +140,8 @@ def load_autoencoder(
     folder = _folder(str(path_or_hub_id), patterns, places, variant)
     _check_complete(folder, places(folder), variant)
     folder /= places(folder)["vae"]
-    config = _read_config(folder / "config.json", COMPONENTS["vae"].configs)
-    return config, _read_params(folder, "vae", config, variant, dtype)
+    config = read_config(folder, "vae")
+    return config, _read_params(find_weights(folder, "vae", variant), config, dtype)
 
 
 def load_parts(
@@ -166,33 +166,53 @@ def load_parts(
       UserError: as `load`, for the components that are there.
     """
     source = str(path_or_hub_id)
+    top, inside, places = fetch_parts(source, components, variant)
+    _check_complete(top, places, variant)
+    checkpoint = _describe(top / inside, {}, source)
+    for name, place in places.items():
+        folder = top / place
+        config = read_config(folder, name)
+        file = find_weights(folder, name, variant)
+        headless = name == "unet" and lacks_output(open_weights(file))
+        checkpoint.configs[name] = config
+        checkpoint.params[name] = _read_params(file, config, dtype, not headless)
+        if headless:
+            head, checkpoint.params["head"] = _read_head(find_head(folder), config, dtype)
+            checkpoint.configs["head"] = head
+    return checkpoint
+
+
+def fetch_parts(
+    source: str, components: Sequence[str], variant: str | None = None, also: Sequence[str] = ()
+) -> tuple[Path, str, _Places]:
+    """Finds the parts of a checkpoint; from the hub, what they need is downloaded.
+
+    Args:
+      source, components, variant: as `load_parts`.
+      also: patterns of further files to download from the checkpoint's folder.
+
+    Returns:
+      A folder on this machine and, by their names in it ("" for itself), the checkpoint's own
+      folder and the folder of each component that has a config.json. Whether a component is
+      complete is not looked at.
+
+    Raises:
+      UserError: there is no such folder; the repository cannot be downloaded, or has only pickles.
+    """
     repo, inside = _split(source)
+    whole = {name: f"{_inside(inside)}{name}" for name in components}
 
     def places(folder: Path) -> _Places:
-        every = {name: f"{_inside(inside)}{name}" for name in components}
-        if _is_network(folder / inside):
-            every = {"unet": inside, "vae": "vae"}
+        every = {"unet": inside, "vae": "vae"} if is_network(folder / inside) else whole
         there = [name for name in every if (folder / every[name] / "config.json").is_file()]
         return {name: every[name] for name in there}
 
-    patterns = [f"{_inside(inside)}{name}" for name in _TOP_FILES]
+    patterns = [f"{_inside(inside)}{name}" for name in (*_TOP_FILES, *also)]
     patterns += [f"*{_DPT_HEAD}/*"]
-    for place in (inside, "vae", *(f"{_inside(inside)}{name}" for name in components)):
+    for place in (inside, "vae", *whole.values()):
         patterns += _small_files(place)
     top = _folder(repo, patterns, places, variant)
-    found = places(top)
-    _check_complete(top, found, variant)
-    checkpoint = _describe(top / inside, {}, source)
-    for name, place in found.items():
-        folder = top / place
-        config = _read_config(folder / "config.json", COMPONENTS[name].configs)
-        headless = name == "unet" and _lacks_output(folder, variant)
-        checkpoint.configs[name] = config
-        checkpoint.params[name] = _read_params(folder, name, config, variant, dtype, not headless)
-        if headless:
-            head, checkpoint.params["head"] = _read_head(_find_head(folder), config, dtype)
-            checkpoint.configs["head"] = head
-    return checkpoint
+    return top, inside, places(top)
 
 
 def read_configs(
@@ -206,7 +226,11 @@ def read_configs(
     Raises:
       UserError: as `load`, as far as it can be told without reading weights.
     """
-    return _open(str(path_or_hub_id), components, variant)[1]
+    folder, checkpoint = _open(str(path_or_hub_id), components, variant)
+    for name, config in checkpoint.configs.items():
+        file = find_weights(folder / name, name, variant)
+        check_layers(config, len(open_weights(file)), file)
+    return checkpoint
 
 
 def _open(source: str, components: Sequence[str], variant: str | None) -> tuple[Path, Checkpoint]:
@@ -217,10 +241,7 @@ def _open(source: str, components: Sequence[str], variant: str | None) -> tuple[
     patterns = [*_TOP_FILES, *(name for place in components for name in _small_files(place))]
     folder = _folder(source, patterns, lambda _: places, variant)
     _check_complete(folder, places, variant)
-    configs = {
-        name: _read_config(folder / name / "config.json", COMPONENTS[name].configs)
-        for name in components
-    }
+    configs = {name: read_config(folder / name, name) for name in components}
     return folder, _describe(folder, configs, source)
 
 
@@ -261,10 +282,10 @@ def _folder(
         for name, place in places(folder).items():
             inside = [n[len(_inside(place)) :] for n in names if n.startswith(_inside(place))]
             where = f"{source}/{place}".rstrip("/")
-            file = weight_file(inside, COMPONENTS[name].stem, variant, where)
+            file = _weight_name(inside, name, variant, where)
             if file is None:
-                _check_no_pickle(where, inside)
-            elif file.endswith(".json"):
+                continue
+            if file.endswith(".json"):
                 shards = shard_names(folder / place / file)
                 needed += [_inside(place) + shard for shard in shards]
             else:
@@ -284,9 +305,30 @@ def _small_files(place: str) -> list[str]:
     return [f"{_inside(place)}config.json", f"{_inside(place)}*.index*.json"]
 
 
-def _weight_file(folder: Path, component: str, variant: str | None) -> str | None:
+def find_weights(folder: Path, component: str, variant: str | None = None) -> Path | None:
+    """The file of a component's weights, or the index of its shards; None where there is none.
+
+    Raises:
+      UserError: all there are is pickles, or unknown variants to choose between.
+    """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return weight_file(names, COMPONENTS[component].stem, variant, str(folder))
+    name = _weight_name(names, component, variant, str(folder))
+    return None if name is None else folder / name
+
+
+def _weight_name(
+    names: Collection[str], component: str, variant: str | None, where: str
+) -> str | None:
+    """The same among the names of a folder's files."""
+    name = weight_file(names, COMPONENTS[component].stem, variant, where)
+    pickles = sorted(other for other in names if other.endswith(PICKLES))
+    if name is None and pickles and not any(other.endswith(".safetensors") for other in names):
+        raise UserError(
+            f"{where} holds its weights as a pickle ({pickles[0]}), which can run any code when "
+            "read; convert it to safetensors where you trust it (load it with diffusers and call "
+            "save_pretrained(folder, safe_serialization=True))."
+        )
+    return name
 
 
 def _check_complete(folder: Path, places: _Places, variant: str | None) -> None:
@@ -295,10 +337,7 @@ def _check_complete(folder: Path, places: _Places, variant: str | None) -> None:
     for name, place in places.items():
         if not (folder / place / "config.json").is_file():
             missing.append(f"{_inside(place)}config.json")
-        if _weight_file(folder / place, name, variant) is None:
-            if (folder / place).is_dir():
-                names = [path.name for path in (folder / place).iterdir()]
-                _check_no_pickle(str(folder / place), names)
+        if find_weights(folder / place, name, variant) is None:
             suffix = f".{variant}" if variant else ""
             missing.append(f"{_inside(place)}{COMPONENTS[name].stem}{suffix}.safetensors")
     if "text_encoder" in places:
@@ -311,38 +350,28 @@ def _check_complete(folder: Path, places: _Places, variant: str | None) -> None:
         )
 
 
-def _check_no_pickle(folder: str, names: Collection[str]) -> None:
-    """Raises a UserError where pickles are all the weights there are."""
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(
-            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run any code when "
-            "read; convert it to safetensors where you trust it (load it with diffusers and call "
-            "save_pretrained(folder, safe_serialization=True))."
-        )
+def read_config(folder: Path, component: str) -> Config:
+    """The architecture that the config.json in a component's folder describes.
 
-
-def _read_config(path: Path, kinds: Sequence[type]) -> Config:
+    Raises:
+      UserError: the file is damaged, or the architecture not supported.
+    """
+    path = folder / "config.json"
     content = read_json(path)
     check_numbers(content, path)
     try:
-        return config_of(content, kinds)
+        return config_of(content, COMPONENTS[component].configs)
     except UserError as error:
         raise UserError(in_short(f"{path}: {error}", 1000)) from None
 
 
 def _read_params(
-    folder: Path,
-    component: str,
-    config: Config,
-    variant: str | None,
-    dtype: str | None,
-    head: bool = True,
+    file: Path, config: Config, dtype: str | None, head: bool = True
 ) -> dict[str, Any]:
-    """The parameters in a component's folder that `_check_complete` has accepted."""
-    file = folder / _weight_file(folder, component, variant)
+    """The parameters in one file of weights, or in the shards that an index lists."""
     tensors = open_weights(file)
-    shapes = network_of(config, len(tensors), file, head=head).shapes
+    check_layers(config, len(tensors), file)
+    shapes = functional(config, head=head).shapes
     return to_jax(shapes, tensors, where=str(file), dtype=dtype)
 
 
@@ -351,24 +380,24 @@ def _split(source: str) -> tuple[str, str]:
     path = Path(source).expanduser()
     if path.exists():
         path = path.resolve()
-        return (str(path.parent), path.name) if _is_network(path) else (source, "")
+        return (str(path.parent), path.name) if is_network(path) else (source, "")
     parts = source.split("/")
     if len(parts) < 3 or not all(parts):
         return source, ""
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
-def _is_network(folder: Path) -> bool:
+def is_network(folder: Path) -> bool:
+    """Whether a folder holds a network of its own, and no checkpoint of several."""
     return (folder / "config.json").is_file() and not (folder / "unet").is_dir()
 
 
-def _lacks_output(folder: Path, variant: str | None) -> bool:
-    tensors = open_weights(folder / _weight_file(folder, "unet", variant))
-    return not any(name.startswith(("conv_out.", "conv_norm_out.")) for name in tensors)
+def find_head(unet: Path) -> Path:
+    """The safetensors file of the DPT head that belongs to a UNet without output convolution.
 
-
-def _find_head(unet: Path) -> Path:
-    """The safetensors file of the DPT head that belongs to a UNet without output convolution."""
+    Raises:
+      UserError: it is neither in the UNet's folder nor beside it.
+    """
     for folder in (unet, unet.parent, unet.parent.parent):
         for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
             if (folder / _DPT_HEAD / name).is_file():
@@ -380,16 +409,11 @@ def _find_head(unet: Path) -> Path:
 
 
 def _read_head(file: Path, unet: UNetConfig, dtype: str | None) -> tuple[DPTConfig, dict[str, Any]]:
-    """A DPT head for that UNet; its file comes without a config.json."""
-    tensors, name = open_weights(file), "neck.convs.0.weight"
-    shape = tensors[name].shape if name in tensors else ()
-    width = shape[0] if shape else DPTConfig.fusion_hidden_size
-    try:
-        config = DPTConfig(neck_hidden_sizes=unet.block_out_channels, fusion_hidden_size=width)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+    tensors = open_weights(file)
+    config = head_config(tensors, unet, file)
     tensors = published_tensors(tensors, config)
-    shapes = network_of(config, len(tensors), file).shapes
+    check_layers(config, len(tensors), file)
+    shapes = functional(config).shapes
     return config, to_jax(shapes, tensors, where=str(file), dtype=dtype)
 
 

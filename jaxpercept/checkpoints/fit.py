@@ -1,22 +1,61 @@
-"""Whether stored weights can be those of an architecture, told before any of them is read."""
+"""Whether stored tensors can be those of an architecture, told before any of them is read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxpercept.checkpoints.values import in_short, listed
 from jaxpercept.errors import UserError
 from jaxpercept.models.config import AutoencoderTinyConfig, CLIPTextConfig, UNetConfig, VAEConfig
 from jaxpercept.models.dpt import DPTConfig
-from jaxpercept.models.functional import Config, Functional, functional
+from jaxpercept.models.functional import Config, functional
 
 _PROMPT = "prompt"
+Shape = tuple[int, ...]
 
 
-def network_of(config: Config, tensors: int, where: str | Path, *, head: bool = True) -> Functional:
-    """`functional(config)` for weights of so many tensors.
+class Differences(NamedTuple):
+    """How stored tensors differ from those of an architecture.
 
-    Building a network takes time and memory for each of its layers, though none for their sizes.
+    Attributes:
+      missing, unexpected: names of tensors.
+      misshaped: names with the shape stored and the one wanted.
+    """
+
+    missing: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+    misshaped: Sequence[str] = ()
+
+    def in_words(self) -> str:
+        """All of them counted and the first ten named; "" where there are none."""
+        words = ("missing", "not expected", "of another shape")
+        named = zip(words, self, strict=True)
+        return "; ".join(f"{what} {listed(names)}" for what, names in named if names)
+
+
+def differences(wanted: Mapping[str, Shape], stored: Mapping[str, Shape]) -> Differences:
+    """Compares shapes by the tensors' names."""
+    both = sorted(wanted.keys() & stored.keys())
+    return Differences(
+        missing=sorted(wanted.keys() - stored.keys()),
+        unexpected=sorted(stored.keys() - wanted.keys()),
+        misshaped=[
+            f"{name} {list(stored[name])} instead of {list(wanted[name])}"
+            for name in both
+            if stored[name] != wanted[name]
+        ],
+    )
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Shape]:
+    """Shapes of anything with .shape, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_layers(config: Config, tensors: int, where: str | Path) -> None:
+    """Whether a network of that config can have so few tensors; it is not built.
+
+    Building one takes time and memory for each of its layers, though none for their sizes.
 
     Raises:
       UserError: the config has more layers than there are tensors.
@@ -26,7 +65,6 @@ def network_of(config: Config, tensors: int, where: str | Path, *, head: bool = 
             f"The {config.CLASS_NAME} of {where} has at least {in_short(layers, 30)} layers by its "
             f"config and only {tensors} tensors; use the weights and the config of the same model."
         )
-    return functional(config, head=head)
 
 
 def check_fit(
@@ -48,25 +86,21 @@ def check_fit(
       UserError: tensors are missing, not expected or of another shape (all are counted and the
         first ten named).
     """
-    missing = [f"{component}/" for component in components.keys() - shapes.keys()]
-    extra = [f"{component}/" for component in shapes.keys() - {*components, _PROMPT}]
-    misshaped = []
+    wanted = {f"{component}/": () for component in components.keys() - shapes.keys()}
+    stored = {f"{component}/": () for component in shapes.keys() - {*components, _PROMPT}}
     for component in components.keys() & shapes.keys():
-        config, stored = components[component], shapes[component]
-        headless = dpt and component == "unet"
-        wanted = network_of(config, len(stored), where, head=not headless).shapes
-        missing += [f"{component}/{path}" for path in wanted.keys() - stored.keys()]
-        extra += [f"{component}/{path}" for path in stored.keys() - wanted.keys()]
-        for path in wanted.keys() & stored.keys():
-            have, want = tuple(stored[path].shape), tuple(wanted[path].shape)
-            if have != want:
-                misshaped.append(f"{component}/{path} {list(have)} instead of {list(want)}")
+        config, tensors = components[component], shapes[component]
+        check_layers(config, len(tensors), where)
+        network = functional(config, head=not (dpt and component == "unet"))
+        wanted |= shapes_of({f"{component}/{path}": leaf for path, leaf in network.shapes.items()})
+        stored |= shapes_of({f"{component}/{path}": leaf for path, leaf in tensors.items()})
+    found = differences(wanted, stored)
     if _PROMPT in shapes:
-        misshaped += _misshaped_prompt(shapes[_PROMPT], components.get("unet"))
-    groups = {"missing": missing, "not expected": extra, "of another shape": misshaped}
-    if problems := [f"{what} {listed(names)}" for what, names in groups.items() if names]:
+        more = misshaped_prompt(shapes[_PROMPT], components.get("unet"))
+        found = found._replace(misshaped=[*found.misshaped, *more])
+    if any(found):
         raise UserError(
-            f"The weights in {where} do not fit the model's description: {'; '.join(problems)}; "
+            f"The weights in {where} do not fit the model's description: {found.in_words()}; "
             "restore both from the same export."
         )
 
@@ -78,6 +112,41 @@ def prompt_widths(unet: UNetConfig) -> set[int]:
     up = zip(unet.up_block_types, reversed(widths), strict=True)
     used = {width for kind, width in (*down, *up) if kind.startswith("Cross")}
     return used | {widths[-1]}  # of the middle block
+
+
+def lacks_output(tensors: Iterable[str]) -> bool:
+    """Whether a UNet with tensors of these names has no output convolution: a DPT head follows."""
+    return not any(name.startswith(("conv_out.", "conv_norm_out.")) for name in tensors)
+
+
+def head_config(tensors: Mapping[str, Any], unet: UNetConfig, where: str | Path) -> DPTConfig:
+    """The architecture of a UNet's DPT head, told from its tensors: it has no config.json.
+
+    Raises:
+      UserError: there is no such head.
+    """
+    name = "neck.convs.0.weight"
+    shape = tensors[name].shape if name in tensors else ()
+    width = shape[0] if shape else DPTConfig.fusion_hidden_size
+    try:
+        return DPTConfig(neck_hidden_sizes=unet.block_out_channels, fusion_hidden_size=width)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def misshaped_prompt(stored: Mapping[str, Any], unet: UNetConfig | None) -> list[str]:
+    """Names an encoded prompt with its shape, [1, tokens, width], where a UNet cannot take it.
+
+    Args:
+      stored: `{"embedding": anything with .shape}`.
+      unet: None where the model has none; any width will do then.
+    """
+    shape = tuple(stored["embedding"].shape) if stored.keys() == {"embedding"} else ()
+    widths = set() if unet is None else prompt_widths(unet)
+    if len(shape) == 3 and shape[0] == 1 and widths <= {shape[2]}:
+        return []
+    width = min(widths, default="width")
+    return [f"prompt/embedding {list(shape)} instead of [1, tokens, {width}]"]
 
 
 def _layers(config: Config) -> int:
@@ -99,12 +168,3 @@ def _layers(config: Config) -> int:
             return config.num_hidden_layers
         case DPTConfig():
             return len(config.neck_hidden_sizes)
-
-
-def _misshaped_prompt(stored: Mapping[str, Any], unet: UNetConfig | None) -> list[str]:
-    shape = tuple(stored["embedding"].shape) if stored.keys() == {"embedding"} else ()
-    widths = set() if unet is None else prompt_widths(unet)
-    if len(shape) == 3 and shape[0] == 1 and widths <= {shape[2]}:
-        return []
-    width = min(widths, default="width")
-    return [f"prompt/embedding {list(shape)} instead of [1, tokens, {width}]"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ def describe(
     with readable(source):
         folder = Path(resolve(source))
         if (folder / FILE_NAME).is_file():
-            return Description.load(folder)
+            return _describe_own(folder)[0]
         return _description(diffusers.read_configs(str(folder), components=tuple(components)))
 
 
@@ -89,41 +90,51 @@ def load_model(
         return _description(checkpoint), params
 
 
-def _load_own(folder: Path, dtype: str | None) -> tuple[Description, Params]:
-    """A folder with a jaxpercept.json: of a training run, in Orbax, or in diffusers' layout."""
+def _describe_own(folder: Path) -> tuple[Description, dict[Path, Any]]:
+    """What a folder with a jaxpercept.json is, and its Orbax weights' shapes, by their folders.
+
+    There are none in a folder of diffusers' layout.
+
+    Raises:
+        UserError: it is not complete, or the weights do not fit the description.
+    """
     description = Description.load(folder)
-    if (folder / orbax.WEIGHTS).is_dir():
-        return description, _load_stores(description, [folder / orbax.WEIGHTS])
-    if (folder / "model_index.json").is_file():
-        networks = [name for name in description.components if name in diffusers.COMPONENTS]
-        own = diffusers.read_configs(folder, components=networks).configs
-        for name, config in description.components.items():
-            if own.get(name) != config:
-                raise UserError(
-                    f"{folder / name / 'config.json'} and {folder / FILE_NAME} describe different "
-                    "networks: restore both from the same export."
-                )
-        return description, _load_diffusers(str(folder), networks, dtype)[1]
-    step = latest_step(folder)
-    if step is None:
-        raise UserError(
-            f"{folder} holds no finished checkpoint yet: let the training reach its first save."
-        )
-    frozen = [folder / FROZEN] if (folder / FROZEN).is_dir() else []
-    return description, _load_stores(description, [*frozen, folder / STEPS / str(step) / "params"])
+    stores = [folder / orbax.WEIGHTS]
+    if not stores[0].is_dir():
+        if (folder / "model_index.json").is_file():
+            _check_configs(description, folder)
+            return description, {}
+        step = latest_step(folder)
+        if step is None:
+            raise UserError(
+                f"{folder} holds no finished checkpoint yet: let the training reach its first save."
+            )
+        stores = [folder / FROZEN] if (folder / FROZEN).is_dir() else []
+        stores.append(folder / STEPS / str(step) / "params")
+    shapes = {store: orbax.load_shapes(store) for store in stores}
+    dpt = description.recipe.get("head") == "dpt"
+    check_fit(description.components, merge_params(*shapes.values()), stores[-1], dpt=dpt)
+    return description, shapes
 
 
-def _load_stores(description: Description, folders: Sequence[Path]) -> Params:
-    """The weights in Orbax folders, later ones winning, once their shapes are known to fit."""
-    shapes = [orbax.load_shapes(folder) for folder in folders]
-    check_fit(
-        description.components,
-        merge_params(*shapes),
-        folders[-1],
-        dpt=description.recipe.get("head") == "dpt",
-    )
-    parts = [orbax.load_params(*stored) for stored in zip(folders, shapes, strict=True)]
-    return merge_params(*parts)
+def _load_own(folder: Path, dtype: str | None) -> tuple[Description, Params]:
+    description, stores = _describe_own(folder)
+    if stores:
+        parts = [orbax.load_params(store, shapes) for store, shapes in stores.items()]
+        return description, merge_params(*parts)
+    return description, _load_diffusers(str(folder), tuple(description.components), dtype)[1]
+
+
+def _check_configs(description: Description, folder: Path) -> None:
+    """Raises a UserError where a folder in diffusers' layout describes its networks in two ways."""
+    networks = [name for name in description.components if name in diffusers.COMPONENTS]
+    own = diffusers.read_configs(folder, components=networks).configs
+    for name, config in description.components.items():
+        if own.get(name) != config:
+            raise UserError(
+                f"{folder / name / 'config.json'} and {folder / FILE_NAME} describe different "
+                "networks: restore both from the same export."
+            )
 
 
 def load_frozen(workdir: Path) -> Params:

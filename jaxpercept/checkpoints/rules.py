@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxpercept.checkpoints.values import listed
+from jaxpercept.checkpoints.fit import Differences, differences
 from jaxpercept.errors import UserError
 
 # (name here, rank) -> (name in PyTorch, axes of the tensor in the order they have here).
@@ -52,6 +52,29 @@ def torch_name(path: str, rank: int) -> str:
     return f"{parent}.{_rule(path, leaf, rank)[0]}"
 
 
+def match(
+    shapes: Mapping[str, Any], tensors: Mapping[str, Any], where: str
+) -> tuple[dict[str, str], Differences]:
+    """Finds one component's tensors, under today's names or older ones; arguments of `to_jax`.
+
+    Returns:
+      The state-dict key of every parameter, also of one that has no tensor, and how the tensors
+      differ from what the parameters need, in PyTorch's names and layouts.
+
+    Raises:
+      UserError: a tensor is there under its old and its new name.
+    """
+    paths = {torch_name(path, len(s.shape)): path for path, s in shapes.items()}
+    stored = _current_names(tensors, paths, where)
+    keys = {path: stored.get(name, name) for name, path in paths.items()}
+    wanted = {key: _torch_shape(tuple(shapes[path].shape), path) for path, key in keys.items()}
+    have = {
+        key: _flat_projection(name, tuple(tensors[key].shape), wanted.get(key, ()))
+        for name, key in stored.items()
+    }
+    return keys, differences(wanted, have)
+
+
 def to_jax(
     shapes: Mapping[str, Any],
     tensors: Mapping[str, Any],
@@ -75,31 +98,16 @@ def to_jax(
       UserError: tensors are missing, not expected, or of another shape (all are counted and the
         first ten named), or a tensor holds NaN or infinity (named).
     """
-    wanted = {torch_name(path, len(s.shape)): path for path, s in shapes.items()}
-    stored = _current_names(tensors, wanted, where)
-
-    problems = []
-    if missing := wanted.keys() - stored.keys():
-        problems.append(f"missing {listed(missing)}")
-    if extra := stored.keys() - wanted.keys():
-        problems.append(f"not expected {listed(stored[name] for name in extra)}")
-    misshaped = []
-    for name in wanted.keys() & stored.keys():
-        want = _torch_shape(shapes[wanted[name]].shape, wanted[name])
-        have = _flat_projection(name, tuple(tensors[stored[name]].shape), want)
-        if have != want:
-            misshaped.append(f"{stored[name]} {list(have)} instead of {list(want)}")
-    if misshaped:
-        problems.append(f"of another shape {listed(misshaped)}")
-    if problems:
+    keys, found = match(shapes, tensors, where)
+    if any(found):
         raise UserError(
-            f"The tensors of {where} do not fit its config.json: {'; '.join(problems)}; "
+            f"The tensors of {where} do not fit its config.json: {found.in_words()}; "
             "use the weights and the config.json of the same model."
         )
 
     params = {}
-    for name, path in wanted.items():
-        tensor = np.asarray(tensors[stored[name]])
+    for path, key in keys.items():
+        tensor = np.asarray(tensors[key])
         tensor = tensor.reshape(_torch_shape(shapes[path].shape, path))
         params[path] = _transposed(tensor, _axes(path, tensor.ndim))
         if dtype is not None:
@@ -107,7 +115,7 @@ def to_jax(
                 params[path] = params[path].astype(DTYPES[dtype], copy=False)
         if not np.isfinite(params[path]).all():
             raise UserError(
-                f"Tensor {stored[name]} of {where} holds NaN or infinite values; "
+                f"Tensor {key} of {where} holds NaN or infinite values; "
                 "the file is damaged, download or export it again."
             )
     return params

@@ -43,14 +43,13 @@ def _either(*values: str) -> _Kind:
     )
 
 
-def _list_of(kind: _Kind, *lengths: int) -> _Kind:
-    """A list, of one of the lengths if any are given."""
-    number = f"{' or '.join(map(str, lengths))} values" if lengths else "values"
+def _list_of(kind: _Kind, length: int | None = None) -> _Kind:
+    """A list that is not empty, of that length if one is given."""
     return _Kind(
-        f"a list of {number}, each {kind.words}",
+        f"a list of {length or 'some'} values, each {kind.words}",
         lambda value: (
             isinstance(value, list)
-            and (not lengths or len(value) in lengths)
+            and (len(value) == length if length else len(value) > 0)
             and all(map(kind.fits, value))
         ),
     )

@@ -13,9 +13,7 @@ is Σ_{i<j} RMS(a_i − a_j) / (max R − min R), below the *normalised cost*.
 
 import functools
 import inspect
-import itertools
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,10 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxpercept.errors import UserError
-from jaxpercept.resize import nearest_index
+from jaxpercept.inference.ensemble_search import MIN_RANGE, search_alignment
+from jaxpercept.inference.median import lower_median
 
 Maps = Array | np.ndarray
-_MIN_RANGE = 1e-6
 _MIN_CORRELATION = 1e-3
 # Below this relative spread a member is constant to float32 rounding.
 _CONSTANT = 4 * float(np.finfo(np.float32).eps)
@@ -232,54 +230,21 @@ def _per_member(values: Maps) -> Maps:
 def _reduce(maps: Array, reduction: str) -> tuple[Array, Array]:
     if reduction == "mean":
         return maps.mean(axis=1), maps.std(axis=1, ddof=1)
-    prediction = _lower_median(maps)
-    return prediction, _lower_median(jnp.abs(maps - prediction[:, None]))
+    prediction = _median(maps)
+    return prediction, _median(jnp.abs(maps - prediction[:, None]))
 
 
-def _lower_median(maps: Array) -> Array:
+def _median(maps: Array) -> Array:
     members = [maps[:, i] for i in range(maps.shape[1])]
-    return _median_of(members, jnp.minimum, jnp.maximum)
+    return lower_median(members, jnp.minimum, jnp.maximum)
 
 
 def _normalise(prediction: Array, uncertainty: Array, shift_invariant: bool) -> tuple[Array, Array]:
     """Stretches to [0, 1]; without shift invariance 0 stays 0."""
     axes = (1, 2, 3)
     low = prediction.min(axis=axes, keepdims=True) if shift_invariant else 0
-    width = jnp.maximum(prediction.max(axis=axes, keepdims=True) - low, _MIN_RANGE)
+    width = jnp.maximum(prediction.max(axis=axes, keepdims=True) - low, MIN_RANGE)
     return (prediction - low) / width, uncertainty / width
-
-
-def _median_of(members: Sequence[Any], minimum: Callable, maximum: Callable) -> Any:
-    """The lower median, by exchanges that sort as many members as needed."""
-    members = list(members)
-    for i, j in _exchanges(len(members)):
-        low, high = minimum(members[i], members[j]), maximum(members[i], members[j])
-        members[i], members[j] = low, high
-    return members[(len(members) - 1) // 2]
-
-
-@functools.cache
-def _exchanges(count: int) -> list[tuple[int, int]]:
-    """Batcher's merge exchange sort (Knuth, vol. 3, 5.2.2 M), less what the lower median ignores.
-
-    Comparing whole maps with each other is a hundred times faster than sorting every pixel.
-    """
-    steps, top = [], 1 << max((count - 1).bit_length() - 1, 0)
-    p = top
-    while p:
-        q, r, d = top, 0, p
-        while True:
-            steps += [(i, i + d) for i in range(count - d) if i & p == r]
-            if q == p:
-                break
-            q, r, d = q // 2, p, q - p
-        p //= 2
-    needed, used = {(count - 1) // 2}, []
-    for step in reversed(steps):
-        if needed & {*step}:
-            needed |= {*step}
-            used.append(step)
-    return used[::-1]
 
 
 # ---- closed form ---------------------------------------------------------------------------------
@@ -317,140 +282,3 @@ def procrustes(
         weight = jnp.einsum("nef,nf->ne", correlation, weight, precision=jax.lax.Precision.HIGHEST)
         weight /= weight.max(axis=1, keepdims=True)
     return weight * inverse, centre
-
-
-# ---- diffusers' search, on the host --------------------------------------------------------------
-
-
-def search_alignment(
-    maps: Float[np.ndarray, "e h w"],
-    *,
-    shift_invariant: bool,
-    reduction: str,
-    regularizer_strength: float,
-    max_iter: int,
-    tol: float,
-    max_res: int | None,
-) -> tuple[Float[np.ndarray, "e"], Float[np.ndarray, "e"]]:
-    """(scale, shift) of each member, float32, as diffusers' BFGS finds them."""
-    from scipy import optimize
-
-    maps = _subsample(maps, max_res)
-    low, high = maps.min(axis=(1, 2)), maps.max(axis=(1, 2))
-    scale = 1 / np.maximum(high - low if shift_invariant else high, np.float32(_MIN_RANGE))
-    start = np.concatenate([scale, -scale * low]) if shift_invariant else scale
-    with warnings.catch_warnings():
-        # A line search among rounding errors is bound to fail at times.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        found = optimize.minimize(
-            _diffusers_cost(maps, reduction, regularizer_strength),
-            start.astype(np.float64),
-            method="BFGS",
-            tol=tol,
-            options={"maxiter": max_iter, "disp": False},
-        )
-    return _scale_and_shift(found.x, len(maps))
-
-
-def _subsample(maps: np.ndarray, max_res: int | None) -> np.ndarray:
-    """Pixels nearest-exact, so that the long side has max_res of them at most."""
-    height, width = maps.shape[1:]
-    long = max(height, width)
-    if max_res is None or long <= max_res:
-        return maps
-    rows, columns = (
-        nearest_index(size, max(size * max_res // long, 1), "nearest-exact")
-        for size in (height, width)
-    )
-    return maps[:, rows[:, None], columns]
-
-
-def _scale_and_shift(parameters: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Float32; without shifts these are 0."""
-    scale, shift = np.zeros((2, count), np.float32)
-    scale[:] = parameters[:count]
-    shift[: len(parameters) - count] = parameters[count:]
-    return scale, shift
-
-
-def _diffusers_cost(
-    maps: np.ndarray, reduction: str, regularizer_strength: float
-) -> Callable[[np.ndarray], float]:
-    """diffusers' cost of scales and shifts, with torch's float32 operations in torch's order.
-
-    Finite differences change one parameter at a time, and a scale by less than float32 resolves:
-    the terms of the other members are kept from one call to the next.
-    """
-    count = len(maps)
-    maps = maps.reshape(count, -1)
-    buffer = np.empty(maps.shape[1], np.float32)
-    block = 1 << 13  # So many pixels of all members stay in the cache.
-
-    @functools.lru_cache(2 * count)
-    def aligned(index: int, scale: np.float32, shift: np.float32) -> np.ndarray:
-        scaled = maps[index] * scale
-        return np.add(scaled, shift, out=scaled)
-
-    @functools.cache
-    def distance(first: tuple, second: tuple) -> float:
-        np.subtract(aligned(*first), aligned(*second), out=buffer)
-        np.multiply(buffer, buffer, out=buffer)
-        return float(np.sqrt(torch_sum(buffer) / np.float32(len(buffer))))
-
-    @functools.cache
-    def extremes(*members: tuple) -> tuple[np.float32, np.float32]:
-        rows = [aligned(*member) for member in members]
-        lows, highs = [], []
-        for start in range(0, len(buffer), block):
-            part = [row[start : start + block] for row in rows]
-            if reduction == "mean":
-                merged = _cascade(np.stack(part)) / np.float32(count)
-            else:
-                merged = _median_of(part, np.minimum, np.maximum)
-            lows.append(merged.min())
-            highs.append(merged.max())
-        return min(lows), max(highs)
-
-    def cost(parameters: np.ndarray) -> float:
-        members = [*zip(range(count), *_scale_and_shift(parameters, count), strict=True)]
-        total = 0.0
-        for first, second in itertools.combinations(members, 2):
-            total += distance(first, second)
-        if regularizer_strength > 0:
-            low, high = extremes(*members)
-            missing = float(abs(low)) + float(abs(np.float32(1) - high))
-            total += missing * regularizer_strength
-        return total
-
-    return cost
-
-
-def torch_sum(x: Float[np.ndarray, "k"]) -> np.float32:
-    """Float32 sum of 8 or more values in the order of torch on x86 with one thread.
-
-    [`aten/src/ATen/native/cpu/SumKernel.cpp`]: four accumulators of eight lanes. More threads share
-    the work from 32,768 values on, and so change the bits.
-    """
-    lanes, vectors = 8, len(x) // 8
-    rows = vectors // 4
-    partial = _cascade(x[: rows * 32].reshape(rows, 32)).reshape(4, lanes)
-    total = partial[0]
-    for vector in x[rows * 32 : vectors * 8].reshape(-1, lanes):
-        total = total + vector
-    for other in partial[1:]:
-        total = total + other
-    result = np.float32(0)
-    for value in (*x[vectors * 8 :], *total):
-        result += value
-    return result
-
-
-def _cascade(rows: Float[np.ndarray, "r k"]) -> Float[np.ndarray, "k"]:
-    """Σ rows: sums of at least 16 rows, sums of as many of those sums, and so on, four levels."""
-    step = 1 << max(4, max(len(rows) - 1, 0).bit_length() // 4)
-    total = np.zeros(rows.shape[1], np.float32)
-    for _ in range(3):
-        whole = len(rows) // step * step
-        total = total + rows[whole:].sum(axis=0)
-        rows = rows[:whole].reshape(-1, step, rows.shape[1]).sum(axis=1)
-    return total + rows.sum(axis=0)

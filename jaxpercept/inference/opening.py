@@ -8,10 +8,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from jaxpercept.checkpoints import load
 from jaxpercept.checkpoints.description import FILE_NAME, Description
 from jaxpercept.checkpoints.diffusers import Checkpoint, load_autoencoder, load_parts
 from jaxpercept.checkpoints.fit import prompt_widths
-from jaxpercept.checkpoints.load import encode_empty_prompt, load_model, readable, resolve
+from jaxpercept.checkpoints.load import readable, resolve
+from jaxpercept.checkpoints.values import in_short
 from jaxpercept.diffusion.schedule import NoiseSchedule
 from jaxpercept.errors import UserError
 from jaxpercept.inference.outputs import target_names
@@ -53,11 +55,11 @@ def open_perception(
                 raise UserError(
                     f"{source} says itself what it is and has all it needs: leave --{given[0]} out."
                 )
-            description = Description.load(folder)
+            description = load.describe(source)
             if not description.task:
                 raise _not_fine_tuned(source)
             check_runs(description, source)
-            description, params = load_model(source)
+            description, params = load.load_model(source)
         else:
             checkpoint = assemble(source, base)
             description, params = describe(checkpoint, family=family, task=task, must_predict=True)
@@ -141,7 +143,7 @@ def describe(
         raise _not_fine_tuned(checkpoint.source)
     check_runs(description, checkpoint.source)
     padded = found is not None and Recipe.of(**found.recipe).padded_prompt
-    params["prompt"] = {"embedding": encode_empty_prompt(checkpoint, padded=padded)}
+    params["prompt"] = {"embedding": load.encode_empty_prompt(checkpoint, padded=padded)}
     return description, params
 
 
@@ -156,7 +158,7 @@ def check_runs(description: Description, source: str) -> None:
         if description.task:
             _check_predicts(description)
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(f"{source}: {in_short(error, 1000)}") from None
 
 
 def _check_widths(description: Description) -> None:
@@ -200,6 +202,12 @@ def _check_predicts(description: Description) -> None:
         raise UserError(
             f"the UNet takes a task vector of {takes} values, and {recipe.family} models give "
             f"{gives}: it is of another family."
+        )
+    total = perception.solver.schedule.num_train_timesteps
+    if max(recipe.timesteps or (0,)) >= total or len(recipe.timesteps or (0,)) != 1:
+        raise UserError(
+            f"its recipe takes the timesteps {', '.join(map(str, recipe.timesteps))}, and may take "
+            f"one below {total}, the schedule's length: restore {FILE_NAME} or the scheduler."
         )
     if recipe.head == "dpt":
         if recipe.timesteps is None or "head" not in parts:

@@ -271,6 +271,17 @@ class PerceptionPipeline:
             target_properties=self.description.model_index.get("target_properties"),
         )
 
+    def network_size(
+        self, size: tuple[int, int], processing_resolution: int | None = None
+    ) -> tuple[int, int]:
+        """(height, width) in pixels at which the network sees images of that size.
+
+        Each such size is compiled once.
+        """
+        factor = self.perception.model.downscale
+        resolution = resolve_resolution(processing_resolution, self.description.resolution, factor)
+        return self._predictor.network_size(size, resolution)
+
     def tiled(
         self,
         image: Any,

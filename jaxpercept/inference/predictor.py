@@ -187,6 +187,10 @@ class Predictor:
             uncertainty = finish(uncertainty, kind="uncertainty")
         return Prediction(finish(maps, kind="prediction"), uncertainty, latent)
 
+    def network_size(self, size: Size, resolution: int) -> Size:
+        """(height, width) at which the network sees images of that size; each is compiled once."""
+        return tuple(edge + -edge % self.multiple for edge in processing_size(size, resolution))
+
     def _encoded(
         self, params: Params, image: Array, size: Size, method: str, flip: bool = False
     ) -> Array:

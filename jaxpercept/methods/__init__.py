@@ -23,6 +23,7 @@ from jaxpercept.methods.latent_model import LatentModel
 from jaxpercept.methods.one_step import OneStep
 from jaxpercept.methods.perception import Perception
 from jaxpercept.methods.recipe import Recipe
+from jaxpercept.models.config import VAEConfig
 from jaxpercept.models.functional import functional
 from jaxpercept.tasks import TRAINABLE, get_task
 
@@ -52,7 +53,8 @@ def build_method(
         attention: the attention implementation, see `models.attention`.
 
     Raises:
-        UserError: an unknown method or option, or a component the method needs is missing.
+        UserError: an unknown method or option, or a component the method needs is missing or of
+            another kind.
     """
     options = dict(description.method)
     name = options.pop("name", "")
@@ -65,6 +67,12 @@ def build_method(
             f"the method {name!r} needs {' and '.join(missing)}, which "
             f"{description.base_checkpoint or 'the checkpoint'} does not hold: start from a "
             "complete one."
+        )
+    if name == "autoencoder" and not isinstance(description.components["vae"], VAEConfig):
+        raise UserError(
+            f"the method 'autoencoder' trains an {VAEConfig.CLASS_NAME}, and "
+            f"{description.base_checkpoint or 'the checkpoint'} holds an "
+            f"{description.components['vae'].CLASS_NAME}: start from another one."
         )
     model = _networks(description, COMPONENTS[name], dtype=dtype, remat=remat, attention=attention)
     if name == "autoencoder":

@@ -48,13 +48,16 @@ def dot_product_attention(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "auto":
-        implementation = _choose(q, k, is_causal)
+        implementation = choose_implementation(q, k, is_causal=is_causal)
     if implementation == "chunked":
         return _chunked_attention(q, k, v, is_causal)
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation, is_causal=is_causal)
 
 
-def _choose(q: Float[Array, "b tq n d"], k: Float[Array, "b tk n d"], is_causal: bool) -> str:
+def choose_implementation(
+    q: Float[Array, "b tq n d"], k: Float[Array, "b tk n d"], *, is_causal: bool = False
+) -> str:
+    """What "auto" takes here for these queries and keys; see `dot_product_attention`."""
     b, tq, n, d = q.shape
     tk = k.shape[1]
     if jax.default_backend() == "gpu" and not is_causal and _cudnn_eligible(q.dtype, d, tq, tk):

@@ -28,6 +28,8 @@ tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat
 gradient_checkpointing
 """
 
+_MAX_LEVELS = 16  # each halves the height and the width
+
 
 def _freeze(value: Any) -> Any:
     """JSON lists become tuples, so that configs are hashable."""
@@ -109,8 +111,11 @@ class _JsonConfig:
     def _require_widths(self, key: str = "block_out_channels") -> None:
         """Widths: one positive integer a level, each divisible by the norm groups."""
         widths, groups = getattr(self, key), self.norm_num_groups
-        ok = len(widths) > 0 and all(w > 0 and w % groups == 0 for w in widths)
-        self._require(key, f"one positive multiple of norm_num_groups={groups} a level", ok)
+        ok = 0 < len(widths) <= _MAX_LEVELS and all(w > 0 and w % groups == 0 for w in widths)
+        levels = f"1 to {_MAX_LEVELS} levels"
+        self._require(
+            key, f"one positive multiple of norm_num_groups={groups} for each of {levels}", ok
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a valid config.json, `_class_name` first."""

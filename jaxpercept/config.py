@@ -30,10 +30,15 @@ def base_config() -> ConfigDict:
     c.resolution = (480, 640)  # height, width
 
     c.task = "depth"
+    c.task_options = ConfigDict()  # attributes of the task, see jaxpercept/tasks/
     c.method = ConfigDict({"name": "one_step"})
+    c.prompt = ""  # what the UNet of a perception model reads, always the same
     # Regular expressions on "component/path": what is trained. The rest is frozen.
     c.trainable = ("unet/",)
-    # Components to start from random weights instead of the checkpoint's.
+    # Low-rank additions to the UNet's attention; train them with trainable = ("unet/.*lora_",).
+    c.lora = ConfigDict({"rank": 0, "alpha": 0.0, "targets": ("to_q", "to_k", "to_v", "to_out.0")})
+    # What starts from random weights instead of the checkpoint's: components, or regular
+    # expressions on "component/path".
     c.random_init = ()
     # Architectures in diffusers' config.json format, for components no checkpoint gives, and the
     # scheduler_config.json and tokenizer folder to use instead of the checkpoint's.

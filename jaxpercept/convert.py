@@ -12,6 +12,8 @@
                GenPercept's scheduler; --layout=marigold writes it such that diffusers'
                MarigoldDepthPipeline or MarigoldNormalsPipeline runs it unchanged
     stablehlo  one portable program for any batch size, its weights beside it
+    lora       the low-rank additions of a run that trained them, as peft and diffusers'
+               load_lora_weights read them; the other formats merge them into the weights
 
 Weights keep their type, unless --dtype says otherwise. Every export has a model card. A training
 run keeps no text encoder: --format=diffusers takes it from the base checkpoint. --check opens the
@@ -35,6 +37,7 @@ from jaxpercept.checkpoints.card import write_card
 from jaxpercept.checkpoints.check import check_against_torch
 from jaxpercept.checkpoints.description import FILE_NAME, Description
 from jaxpercept.checkpoints.load import readable, resolve
+from jaxpercept.checkpoints.lora import save as save_adapter
 from jaxpercept.checkpoints.rules import DTYPES
 from jaxpercept.checkpoints.tokenizer import missing_tokenizer_files
 from jaxpercept.checkpoints.values import in_short
@@ -42,8 +45,9 @@ from jaxpercept.errors import UserError
 from jaxpercept.inference.opening import assemble, check_runs, describe
 from jaxpercept.inference.predictor import Params
 from jaxpercept.methods.layouts import as_marigold, as_stable_diffusion
+from jaxpercept.models.lora import LoraConfig, is_lora
 
-FORMATS = ("orbax", "diffusers", "stablehlo")
+FORMATS = ("orbax", "diffusers", "stablehlo", "lora")
 LAYOUTS = ("own", "marigold")
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("from", None, "What to convert.", flag_values=FLAGS)
@@ -92,6 +96,12 @@ from safetensors.numpy import load_file
 program = jax.export.deserialize(open("{folder}/model.stablehlo", "rb").read())
 weights = load_file("{folder}/weights.safetensors")
 prediction = jax.jit(program.call)(weights, images)  # uint8 [batch, height, width, 3]
+""",
+    "lora": """
+from diffusers import UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained("{base}", subfolder="unet")
+unet.load_lora_adapter("{folder}", use_safetensors=True)
 """,
     "text_orbax": """
 from jaxpercept.checkpoints.load import load_model
@@ -148,7 +158,7 @@ def convert(
         _remove(partial)  # of an interrupted run
     except OSError as error:
         raise _not_written(target, error) from error
-    model = open_model(source, task=task, family=family, base=base)
+    model = open_model(source, task=task, family=family, base=base, merge_lora=format != "lora")
     usage = format if model.description.task else f"text_{format}"
     try:
         if format == "orbax":
@@ -157,6 +167,8 @@ def convert(
             _copy_tokenizer(written.tokenizer_dir, partial)
         elif format == "diffusers":
             written, usage = _save_diffusers(partial, model, layout, dtype, base, usage)
+        elif format == "lora":
+            written, usage = _save_lora(partial, model, source, dtype), format
         else:
             written = model
             _save_stablehlo(partial, model, size, dtype)
@@ -165,7 +177,9 @@ def convert(
             partial,
             written.description,
             written.params,
-            usage=_USAGE[usage].format(folder=target.name, pipeline=pipeline),
+            usage=_USAGE[usage].format(
+                folder=target.name, pipeline=pipeline, base=written.description.base_checkpoint
+            ),
             license=license,
             workdir=Path(resolve(source)),
             name=target.name,
@@ -205,7 +219,12 @@ def _not_written(target: Path, error: OSError) -> UserError:
 
 
 def open_model(
-    source: str, *, task: str | None = None, family: str | None = None, base: str | None = None
+    source: str,
+    *,
+    task: str | None = None,
+    family: str | None = None,
+    base: str | None = None,
+    merge_lora: bool = True,
 ) -> Model:
     """Open what is to be converted, weights in the type they are stored in."""
     with readable(source):
@@ -215,7 +234,7 @@ def open_model(
             description, params = describe(checkpoint, family=family, task=task)
             return Model(description, params, checkpoint.tokenizer_dir)
         check_runs(load.describe(source), source)
-        description, params = load.load_model(source, dtype=None)
+        description, params = load.load_model(source, dtype=None, merge_lora=merge_lora)
         tokenizer = folder / "tokenizer"
         return Model(description, params, None if missing_tokenizer_files(tokenizer) else tokenizer)
 
@@ -254,6 +273,16 @@ def _save_diffusers(
     if layout != "marigold" and description.task:
         description.save(folder)
     return model, usage
+
+
+def _save_lora(folder: Path, model: Model, source: str, dtype: str | None) -> Model:
+    if not model.description.lora:
+        raise UserError(f"{source} has no low-rank additions: leave --format=lora out.")
+    lora = LoraConfig.from_dict(model.description.lora)
+    weights = model.params[lora.component]
+    save_adapter(folder, lora, weights, dtype=dtype or "float32")
+    factors = {path: value for path, value in weights.items() if is_lora(path)}
+    return dataclasses.replace(model, params={lora.component: factors})
 
 
 def _with_text_encoder(model: Model, base: str | None) -> Model:

@@ -12,9 +12,9 @@
 
 --checkpoint takes a training workdir, an Orbax export, or a diffusers folder or hub id: of this
 package, Marigold, GenPercept, E2E-FT or Lotus. For each image NAME: NAME.npy (float32), NAME.png
-(in colours; near is red), for depth NAME_16bit.png, for masks NAME_mask.png, and NAME.json, which
-says what the numbers mean. Sub-folders are kept. Images that cannot be read are named and skipped;
-the exit status is then 1.
+(in colours; near is red), for depth NAME_16bit.png, for masks and classes NAME_mask.png, and
+NAME.json, which says what the numbers mean. Sub-folders are kept. Images that cannot be read are
+named and skipped; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -311,6 +311,7 @@ def _write(
         panel_of=image if files.panel else None,
         normals_convention=files.normals_convention,
         target_properties=result.target_properties,
+        **result.legend,
     )
     if files.point_cloud:
         save_point_cloud(

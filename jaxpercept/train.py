@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from jaxpercept import cli
 from jaxpercept.inference.observers import evaluation_observer, picture_observer
+from jaxpercept.methods import PERCEPTION
 from jaxpercept.training.loop import Interrupted, Observer, train
 
 FLAGS = flags.FlagValues()
@@ -57,7 +58,7 @@ def main() -> int:
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(name)
     logging.info("%d device(s): %s", jax.device_count(), jax.devices()[0].device_kind)
     observer: Callable[..., Observer] | None = picture_observer
-    if config.method.name == "one_step":
+    if config.method.name in PERCEPTION:
         observer = functools.partial(evaluation_observer, workdir=workdir)
     if not config.evaluation.dataset:
         observer = None

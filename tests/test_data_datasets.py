@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 
 from jaxpercept.data import datasets
 from jaxpercept.data.crops import CROPS, EVAL_CROPS
-from jaxpercept.data.datasets import DATASETS, EmptyMaskError, open_dataset
+from jaxpercept.data.datasets import DATASETS, TARGETS, EmptyMaskError, open_dataset
 from jaxpercept.data.readers import UnreadableFileError
 from jaxpercept.errors import UserError
 
@@ -184,12 +186,31 @@ def test_every_row_is_complete():
         assert row.name == name
         assert row.licence
         assert row.splits
-        assert row.provides <= {"depth", "caption"}
+        assert row.provides <= {*TARGETS, "caption"}
+        assert set(row.expected) | set(row.exact) <= set(row.splits)
+        assert bool(row.layout) == (row.needs_data_dir and name != "tfds")
+        assert len(row.class_names) == len(row.palette)
+        assert bool(row.class_names) <= ("classes" in row.provides)
+        assert all(max(pair) < len(row.keypoint_names) for pair in row.flip_pairs)
         assert row.alignment == "least_square"
         assert row.crop is None or row.crop in CROPS
         assert row.eval_crop is None or row.eval_crop in EVAL_CROPS
     assert datasets.TRAIN_SCENES.stop <= datasets.TEST_SCENES.start
     assert datasets.TEST_SCENES.stop < 2**31
+
+
+def test_the_documentation_has_every_row():
+    text = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    lines = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    for name, row in DATASETS.items():
+        cells = [cell.strip() for cell in lines[name].split("|")[1:-1]]
+        targets = re.sub(r" \(\d+\)| ?\+? ?caption", "", cells[1])
+        assert tuple(filter(None, targets.split(", "))) == row.targets
+        assert row.layout in cells[2]
+        for split in row.splits:
+            count = f" {row.expected[split]:,}" if split in row.expected else ""
+            assert split + count in cells[4].split(", ")
+        assert cells[5] == row.licence
 
 
 # ---- the real data, where this machine has it ----------------------------------------------------
@@ -219,7 +240,7 @@ def test_real_tiny_imagenet(rng):
     assert not set(train.source.names) & set(test.source.names)
     record = train[int(rng.integers(24000))]
     assert record["rgb"].shape == (64, 64, 3)
-    assert record["caption"].startswith("a photo of a ")
+    assert record["caption"].startswith(("a photo of a ", "a photo of an "))
     held_out_classes = {member.split("/")[0] for member in test.source.names}
     assert len(held_out_classes) == 200
 

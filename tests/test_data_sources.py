@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxpercept.data.folders import open_folder, open_list
+from jaxpercept.data.listings import Request
 from jaxpercept.data.readers import (
     RawFloat32Reader,
     UnreadableFileError,
@@ -16,8 +18,18 @@ from jaxpercept.data.readers import (
     read_mask,
     read_rgb,
 )
-from jaxpercept.data.sources import FolderSource, ImageZipSource, ListSource, TFDSSource
+from jaxpercept.data.sources import ImageZipSource, TFDSSource
 from jaxpercept.errors import UserError
+
+
+def folder_source(folder, *targets, **options):
+    """The files of `FIELD/NAME.*`, opened for depth unless `targets` says otherwise."""
+    return open_folder(Request("folder", "all", folder, (8, 8), targets or ("depth",)), **options)
+
+
+def list_source(folder, list_file, *targets, **options):
+    request = Request("list", "test", folder, (8, 8), targets or ("depth",))
+    return open_list(request, lists={}, list_file=list_file, **options)
 
 
 def write_pair(folder, name, rng, size=(12, 16)):
@@ -143,7 +155,7 @@ def test_folder_pairs_files_by_name(tmp_path, rng):
     np.save(tmp_path / "depth" / "a.npy", arrays["a"][1].astype(np.float32))
     (tmp_path / "depth" / "a.png").unlink()
     (tmp_path / "rgb" / "notes.txt").write_text("not an image")
-    source = pickle.loads(pickle.dumps(FolderSource(tmp_path)))
+    source = pickle.loads(pickle.dumps(folder_source(tmp_path)))
     assert [source[i]["name"] for i in range(len(source))] == ["a", "b", "sub/c"]
     for example in source:
         rgb, depth = arrays[example["name"]]
@@ -156,45 +168,45 @@ def test_folder_reads_masks(tmp_path, rng):
     mask = rng.random((12, 16)) < 0.5
     (tmp_path / "mask").mkdir()
     Image.fromarray(mask).save(tmp_path / "mask" / "a.png")
-    np.testing.assert_array_equal(FolderSource(tmp_path)[0]["mask"][..., 0], mask)
+    np.testing.assert_array_equal(folder_source(tmp_path)[0]["mask"][..., 0], mask)
 
 
 def test_bad_folders_are_named(tmp_path, rng):
     with pytest.raises(UserError, match="nowhere does not exist"):
-        FolderSource(tmp_path / "nowhere")
+        folder_source(tmp_path / "nowhere")
     with pytest.raises(UserError, match="rgb is missing"):
-        FolderSource(tmp_path)
+        folder_source(tmp_path)
     (tmp_path / "rgb").mkdir()
     with pytest.raises(UserError, match="holds no file"):
-        FolderSource(tmp_path)
+        folder_source(tmp_path)
     write_pair(tmp_path, "a", rng)
     write_pair(tmp_path, "b", rng)
     (tmp_path / "depth" / "a.png").unlink()
     with pytest.raises(UserError, match=r"rgb/a\.png has no depth"):
-        FolderSource(tmp_path)
+        folder_source(tmp_path)
     (tmp_path / "rgb" / "a.png").unlink()
     (tmp_path / "rgb" / "b.png").rename(tmp_path / "rgb" / "c.png")
     write_pair(tmp_path, "c", rng)
     with pytest.raises(UserError, match=r"depth/b\.png has no image"):
-        FolderSource(tmp_path)
+        folder_source(tmp_path)
     write_pair(tmp_path, "b", rng)
     Image.open(tmp_path / "rgb" / "b.png").save(tmp_path / "rgb" / "b.jpg")
     with pytest.raises(UserError, match="two files named b"):
-        FolderSource(tmp_path)
+        folder_source(tmp_path)
 
 
 def test_different_sizes_are_named(tmp_path, rng):
     write_pair(tmp_path, "a", rng)
     Image.fromarray(np.ones((12, 15), np.uint16)).save(tmp_path / "depth" / "a.png")
     with pytest.raises(UnreadableFileError, match="depth of a has size"):
-        FolderSource(tmp_path)[0]
+        folder_source(tmp_path)[0]
 
 
 def test_list_skips_empty_lines_and_absent_depth(tmp_path, rng):
     rgb, depth = write_pair(tmp_path, "a", rng)
     lines = "rgb/a.png depth/a.png labels/a.png office\n\nrgb/a.png None 721.5\n"
     (tmp_path / "test.txt").write_text(lines)
-    source = pickle.loads(pickle.dumps(ListSource(tmp_path, "test.txt")))
+    source = pickle.loads(pickle.dumps(list_source(tmp_path, "test.txt")))
     assert len(source) == 1
     assert source[0]["name"] == "rgb/a.png"
     np.testing.assert_array_equal(source[0]["rgb"], rgb)
@@ -214,9 +226,9 @@ def test_bad_lists_are_named(tmp_path, rng, text, message):
     write_pair(tmp_path, "a", rng)
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(UserError, match=message):
-        ListSource(tmp_path, "list.txt")
+        list_source(tmp_path, "list.txt")
     with pytest.raises(UserError, match="Cannot read the list"):
-        ListSource(tmp_path, "none.txt")
+        list_source(tmp_path, "none.txt")
 
 
 # ---- archives and TFDS ---------------------------------------------------------------------------

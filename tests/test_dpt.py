@@ -11,9 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from diffusers.models.upsampling import Upsample2D
+from dpt_torch import UNUSED, TorchHead
 from torch_parity import from_torch, max_abs, normal, quick_jit, randomise, to_torch
-from transformers.models.dpt import modeling_dpt
 
 from jaxpercept.checkpoints import rules
 from jaxpercept.checkpoints.weights import open_weights
@@ -31,7 +30,6 @@ SMALL = {
 # Latents of 16 x 24 and of 15 x 10: the sizes of a UNet's up blocks.
 EVEN = [(4, 6), (8, 12), (16, 24), (16, 24)]
 ODD = [(4, 3), (8, 5), (15, 10), (15, 10)]
-UNUSED = "neck.fusion_stage.layers.0.residual_layer1."
 
 # hf_configs/dpt-sd2.1-unet-after-upsample-general/config.json of GenPercept.
 PUBLISHED = json.loads("""{
@@ -50,29 +48,8 @@ PUBLISHED = json.loads("""{
 }""")
 
 
-class TorchHead(torch.nn.Module):
-    """Diffusers' upsampler, transformers' neck without reassembling and transformers' head."""
-
-    def __init__(self, **changes):
-        super().__init__()
-        config = transformers.DPTConfig(**SMALL | changes)
-        width = config.neck_hidden_sizes[0]
-        self.feature_upsample_0 = Upsample2D(width, use_conv=True)
-        self.neck = modeling_dpt.DPTNeck(config)
-        self.neck.reassemble_stage = None
-        self.head = modeling_dpt.DPTDepthEstimationHead(config)
-        width = config.fusion_hidden_size
-        if config.add_projection and width != 256:  # fixed there
-            self.head.projection = torch.nn.Conv2d(width, width, 3, padding=1)
-        self.head.head[5] = torch.nn.Identity()
-
-    def forward(self, features):
-        *lower, highest = features
-        return self.head(self.neck([self.feature_upsample_0(highest), *reversed(lower)]))
-
-
 def torch_head(rng, **changes):
-    return randomise(TorchHead(**changes), rng)
+    return randomise(TorchHead(**SMALL | changes), rng)
 
 
 def params_of(reference, config):

@@ -1,21 +1,26 @@
 """Evaluation: known answers, masks, crops, sizes, devices, and what is refused."""
 
 import csv
+import dataclasses
 import io
 import json
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 from PIL import Image
 from tiny_model import Mirror, quick_compile  # noqa: F401
 
+from jaxpercept.data.datasets import DATASETS
 from jaxpercept.errors import UserError
+from jaxpercept.inference import scoring
 from jaxpercept.inference.evaluator import EvalResult, Evaluator
 from jaxpercept.inference.report import table, write_report
-from jaxpercept.metrics.depth import METRICS
+from jaxpercept.inference.scoring import Tally
+from jaxpercept.metrics.depth import METRICS, constant_depth_metrics
 from jaxpercept.training.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -148,7 +153,7 @@ def test_devices_and_padding_change_nothing(mixed):
 def test_a_second_run_compiles_nothing_and_repeats_the_first(mixed):
     test = evaluator(mixed[0], batch_size=2)
     first = test.run({})
-    caches = test._score, test._predictor._network, test._predictor._prepare
+    caches = test._scorer._score, test._predictor._network, test._predictor._prepare
     sizes = [function._cache_size() for function in caches]
     assert test.run({}).means == first.means
     assert [function._cache_size() for function in caches] == sizes == [2, 2, 2]
@@ -186,7 +191,7 @@ def test_the_crop_and_the_caps_decide_what_counts(tmp_path, rng):
 def test_depth_scale_converts_to_metres(tmp_path, rng):
     affine_example(tmp_path, "x", rng, 16, 24)
     metres = evaluator(tmp_path).run({}).baseline
-    halves = evaluator(tmp_path, depth_scale=2000.0).run({}).baseline
+    halves = evaluator(tmp_path, overrides={"depth_scale": 2000.0}).run({}).baseline
     assert halves["rmse"] == pytest.approx(metres["rmse"] / 2, rel=1e-5)
     assert halves["abs_rel"] == pytest.approx(metres["abs_rel"], rel=1e-5)
 
@@ -198,6 +203,54 @@ def test_disparity_is_fitted_in_disparity(tmp_path, rng):
     fitted = evaluator(tmp_path, alignment="least_square_disparity").run({})
     assert fitted.means["abs_rel"] < 5e-4  # depth files hold whole millimetres
     assert fitted.protocol["alignment"] == "least_square_disparity"
+
+
+@pytest.mark.parametrize("alignment", ["least_square", "least_square_disparity"])
+def test_the_constant_is_that_of_least_squares_whatever_the_alignment(mixed, alignment):
+    folder, examples = mixed
+    result = evaluator(folder, alignment=alignment).run({})
+    for row in result.rows:
+        _, depth = examples[row["name"]]
+        depth = jnp.asarray(np.rint(depth * 1000) / 1000, jnp.float32)[None, ..., None]
+        limits = {"min_depth": 1e-6, "max_depth": 1e3}
+        expected = constant_depth_metrics(depth, depth > 0, **limits)
+        for name in METRICS:
+            assert row[f"constant_{name}"] == pytest.approx(float(expected[name][0]), rel=1e-5)
+
+
+def test_the_papers_resolution_need_not_be_a_multiple(tmp_path, rng, monkeypatch):
+    affine_example(tmp_path, "x", rng, 16, 24)
+    row = dataclasses.replace(DATASETS["folder"], eval_resolution=20)
+    monkeypatch.setitem(DATASETS, "folder", row)
+    result = evaluator(tmp_path, processing_resolution=20).run({})
+    assert result.protocol["processing_resolution"] == 20
+    with pytest.raises(UserError, match="22 is not a multiple of 8"):
+        evaluator(tmp_path, processing_resolution=22)
+
+
+def test_a_process_without_images_adds_nothing(mixed, monkeypatch):
+    """It must bring arrays of the same names, types and shapes to the sum over processes."""
+    test = evaluator(mixed[0])
+    record = test._images.load(0)
+    sums = []
+    monkeypatch.setattr(scoring.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(scoring, "over_hosts", lambda total: sums.append(total) or total)
+    for items in (range(len(test._images)), ()):
+        tally = Tally(test._scorer, len(test._images))
+        for item in items:
+            tally.add(item, test._scorer.trivial(test._images.load(item)))
+        if items:
+            tally.result(lambda: record)
+        else:
+            with pytest.raises(UserError, match="no image has a valid pixel"):
+                tally.result(lambda: record)
+    (full, columns), (empty, no_columns) = sums[:2], sums[2:]
+    for some, none in ((full, empty), (columns, no_columns)):
+        assert some.keys() == none.keys()
+        for name, value in some.items():
+            assert np.asarray(value).dtype == np.asarray(none[name]).dtype, name
+            assert np.shape(value) == np.shape(none[name]), name
+            assert not np.any(none[name])
 
 
 def test_limit_spreads_over_the_dataset(mixed):
@@ -226,7 +279,7 @@ def test_what_cannot_be_evaluated_is_named_before_anything_is_compiled(tmp_path,
         ({"batch_size": 0}, "batch_size"),
         ({"processing_resolution": 20}, "multiple of 8"),
         ({"data_dir": tmp_path / "missing"}, "missing"),
-        ({"depth_scale": 1.0}, "set depth_scale to the units"),
+        ({"overrides": {"depth_scale": 1.0}}, "set depth_scale to the units"),
     ]:
         with pytest.raises(UserError, match=complaint):
             evaluator(tmp_path, **options)

@@ -127,7 +127,8 @@ def test_the_one_step_loss_and_its_gradient_are_genpercept_s(model, one_step, rn
     batch, key = depth_batch(rng), jax.random.key(int(rng.integers(1000)))
     (loss, terms), grads = gradient(params, batch, key)
 
-    t = torch.tensor(np.asarray(sample_timesteps(m.timesteps, key, batch["index"], 1000)))
+    key_t, _ = jax.random.split(key)
+    t = torch.tensor(np.asarray(sample_timesteps(m.timesteps, key_t, batch["index"], 1000)))
     f, v, cells, decoded, target, valid = genpercept(params, modules, batch, t)
     latent_mse = F.mse_loss(f[cells], v[cells])
     pixel_mse = F.mse_loss(decoded[valid], target[valid])

@@ -7,6 +7,8 @@ import pytest
 from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
 from PIL import Image
 
+from jaxpercept.data.coco import KEYPOINTS
+from jaxpercept.data.palettes import PALETTES
 from jaxpercept.errors import UserError
 from jaxpercept.inference.outputs import (
     ENDINGS,
@@ -34,6 +36,8 @@ CHANNELS = {kind: meaning.channels or 6 for kind, meaning in KINDS.items()}
 
 def predicted(rng, kind, size=(12, 17)):
     values = rng.random((*size, CHANNELS[kind]), np.float32)
+    if kind == "classes":
+        return rng.integers(0, 40, values.shape).astype(np.float32)
     if kind == "normals":
         values = rng.normal(size=values.shape).astype(np.float32)
         values /= np.linalg.norm(values, axis=-1, keepdims=True)
@@ -41,7 +45,8 @@ def predicted(rng, kind, size=(12, 17)):
 
 
 def options_of(kind):
-    return {"target_properties": PROPERTIES} if kind == "intrinsics" else {}
+    options = {"intrinsics": {"target_properties": PROPERTIES}, "classes": {"palette": "nyu40"}}
+    return options.get(kind, {})
 
 
 def opened(path):
@@ -84,7 +89,8 @@ def test_files_of_every_kind(tmp_path, rng, kind):
     prediction = predicted(rng, kind)
     options = options_of(kind)
     image = rng.integers(0, 256, (24, 34, 3)).astype(np.uint8)
-    uncertainty = rng.random((12, 17, 6 if kind == "intrinsics" else 1), np.float32)
+    channels = {"intrinsics": 6, "classes": 40, "keypoints": 17}
+    uncertainty = rng.random((12, 17, channels.get(kind, 1)), np.float32)
     paths = save_prediction(
         tmp_path, "a", kind, prediction, {}, uncertainty=uncertainty, panel_of=image, **options
     )
@@ -101,13 +107,18 @@ def test_files_of_every_kind(tmp_path, rng, kind):
     if kind == "intrinsics":
         assert values.shape == (2, 12, 17, 3)
         np.testing.assert_array_equal(np.concatenate(list(values), axis=-1), prediction)
+    elif kind == "keypoints":
+        assert values.shape == (17, 3)
     else:
         expected = prediction[..., 0] if CHANNELS[kind] == 1 else prediction
         np.testing.assert_array_equal(values, expected)
         low, high = KINDS[kind].range
         assert low <= values.min() <= values.max() <= high
     np.testing.assert_array_equal(opened(tmp_path / "a.png"), picture(kind, prediction, **options))
-    columns = {"image": image, **pictures(kind, prediction, **options)}
+    over = {"image": image} if kind == "keypoints" else {}
+    columns = {"image": image, **pictures(kind, prediction, **over, **options)}
+    if kind in ("classes", "keypoints"):  # one map for all channels
+        uncertainty = uncertainty.max(axis=-1, keepdims=True)
     columns["uncertainty"] = uncertainty_picture(uncertainty)
     np.testing.assert_array_equal(opened(tmp_path / "a_panel.png"), panel([columns]))
     np.testing.assert_array_equal(opened(tmp_path / "a_uncertainty.png"), columns["uncertainty"])
@@ -181,6 +192,63 @@ def test_masks_as_bytes(tmp_path, rng):
         np.testing.assert_array_equal(
             opened(tmp_path / f"{kind}.png"), mask[..., None].repeat(3, -1)
         )
+
+
+def test_classes_in_their_colours_and_by_name(tmp_path, rng):
+    prediction = np.full((12, 17, 1), 3, np.float32)
+    prediction[:3] = 0
+    save_prediction(tmp_path, "a", "classes", prediction, {}, palette="camvid")
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), prediction[..., 0])
+    numbers = opened(tmp_path / "a_mask.png")
+    assert numbers.dtype == np.uint8
+    np.testing.assert_array_equal(numbers, prediction[..., 0])
+    names, colours = PALETTES["camvid"]
+    drawn = opened(tmp_path / "a.png")
+    assert (drawn[:3] == colours[0]).all()
+    assert (drawn[3:] == colours[3]).all()
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["palette"] == "camvid"
+    assert record["class_names"] == list(names)
+    assert record["classes"] == [
+        {"number": 3, "name": names[3], "share": 0.75},
+        {"number": 0, "name": names[0], "share": 0.25},
+    ]
+    with pytest.raises(UserError, match="name of their palette"):
+        picture("classes", prediction)
+    with pytest.raises(UserError, match="'rainbow' is unknown"):
+        picture("classes", prediction, palette="rainbow")
+    # What is no class is black.
+    assert not picture("classes", prediction + 200, palette="camvid").any()
+
+
+def test_joints_as_places_and_by_name(tmp_path, rng):
+    height, width = 48, 64
+    places = rng.uniform((6, 6), (width - 6, height - 6), (17, 2))
+    rows, columns = np.arange(height) + 0.5, np.arange(width) + 0.5
+    x, y = columns[None, :, None] - places[:, 0], rows[:, None, None] - places[:, 1]
+    heat = np.exp(-(x**2 + y**2) / (2 * 2.0**2)).astype(np.float32)
+    heat[..., 4] *= 0.1
+    save_prediction(tmp_path, "a", "keypoints", heat, {})
+    joints = np.load(tmp_path / "a.npy")
+    assert joints.shape == (17, 3)
+    # A quarter pixel towards the higher neighbour leaves a quarter.
+    np.testing.assert_allclose(joints[:, :2], places, atol=0.2501)
+    assert 0.09 < joints[4, 2] <= 0.1
+    assert (np.delete(joints[:, 2], 4) > 0.9).all()
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert [joint["name"] for joint in record["keypoints"]] == list(KEYPOINTS)
+    assert record["keypoints"][2]["x"] == pytest.approx(joints[2, 0])
+    assert "0.5" in record["convention"]
+    drawn = opened(tmp_path / "a.png")
+    assert drawn.shape == (height, width, 3)
+    for number, (x, y, _) in enumerate(joints):
+        assert drawn[int(y), int(x)].any() or number == 4
+    # Over an image twice as large, places are twice as far.
+    image = np.zeros((2 * height, 2 * width, 3), np.uint8)
+    larger = picture("keypoints", heat, image=image)
+    assert larger.shape == image.shape
+    x, y, _ = joints[0]
+    assert larger[int(2 * y), int(2 * x)].any()
 
 
 def test_colours_are_shown_as_they_are(rng):

@@ -5,14 +5,17 @@ import pytest
 import torch
 from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
 
+from jaxpercept.data.coco import KEYPOINTS
+from jaxpercept.data.palettes import PALETTES
+from jaxpercept.inference.comparison import Comparison
 from jaxpercept.inference.panel import (
-    PanelRow,
     colour_limits,
     draw_targets,
     panel,
     spectral,
     uncertainty_picture,
 )
+from jaxpercept.inference.skeleton import draw_skeleton
 
 
 def difference(mine, reference):
@@ -121,9 +124,10 @@ def test_uncertainty_of_several_targets_and_of_certain_pixels(rng):
 # ---- Panels --------------------------------------------------------------------------------------
 
 
-def _row(rng, height, width) -> PanelRow:
+def _row(rng, height, width) -> Comparison:
     truth = rng.uniform(1, 5, (height, width, 1)).astype(np.float32)
-    return PanelRow(
+    return Comparison(
+        kind="affine_depth",
         rgb=rng.integers(0, 256, (height, width, 3)).astype(np.uint8),
         truth=truth,
         valid=np.ones((height, width, 1), bool),
@@ -135,7 +139,7 @@ def test_panel_shows_truth_and_prediction_in_one_range(rng):
     row = _row(rng, 200, 300)
     row.valid[:50] = False
     row.truth[:50] = 0
-    picture = panel([row])
+    picture = panel([row.pictures()])
     assert picture.dtype == np.uint8
     assert picture.shape[1] == 3 * 300 + 2 * 4
     cells = picture[-200:]
@@ -151,12 +155,12 @@ def test_panel_shows_truth_and_prediction_in_one_range(rng):
 
 
 def test_panel_of_different_and_of_small_images(rng):
-    picture = panel([_row(rng, 24, 32), _row(rng, 64, 32)])
+    picture = panel([_row(rng, 24, 32).pictures(), _row(rng, 64, 32).pictures()])
     assert picture.shape[1] == 3 * 256 + 8
     assert picture.shape[0] > 192 + 512
     empty = _row(rng, 24, 32)
     empty.valid[:] = False
-    assert panel([empty]).shape[1] == 3 * 256 + 8
+    assert panel([empty.pictures()]).shape[1] == 3 * 256 + 8
 
 
 def test_panel_of_any_columns(rng):
@@ -176,4 +180,72 @@ def test_panel_of_any_columns(rng):
     for column in range(4):
         assert (picture[:22, column * 404 : column * 404 + 400] < 100).any()
     with pytest.raises(ValueError, match="titles differ"):
-        panel([row, _row(rng, 4, 4)])
+        panel([row, _row(rng, 4, 4).pictures()])
+
+
+# ---- Truth beside prediction ---------------------------------------------------------------------
+
+
+def test_normals_and_masks_show_what_is_not_measured_in_grey(rng):
+    normals = rng.normal(size=(6, 8, 3)).astype(np.float32)
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    valid = rng.random((6, 8, 1)) < 0.5
+    valid[0, 0] = False
+    rgb = rng.integers(0, 256, (6, 8, 3)).astype(np.uint8)
+    shown = Comparison("normals", rgb, normals, valid, normals).pictures()
+    assert list(shown) == ["input", "truth", "prediction"]
+    np.testing.assert_array_equal(shown["input"], rgb)
+    expected = np.rint((normals + 1) / 2 * 255)
+    np.testing.assert_array_equal(shown["prediction"], expected)
+    np.testing.assert_array_equal(shown["truth"], np.where(valid, expected, 40))
+
+
+def test_classes_have_the_colours_of_their_palette(rng):
+    colours = np.array(PALETTES["camvid"].colours, np.uint8)
+    classes = rng.integers(0, len(colours), (6, 8, 1)).astype(np.int32)
+    classes[0, 0] = 255
+    valid = classes != 255
+    predicted = rng.integers(0, len(colours), (6, 8, 1)).astype(np.float32)
+    rgb = np.zeros((6, 8, 3), np.uint8)
+    row = Comparison("classes", rgb, classes, valid, predicted, {"palette": "camvid"})
+    shown = row.pictures()
+    expected = colours[predicted[..., 0].astype(int)]
+    np.testing.assert_array_equal(shown["prediction"], expected)
+    np.testing.assert_array_equal(shown["truth"][1:], colours[classes[1:, :, 0]])
+    assert (shown["truth"][0, 0] == 40).all()
+
+
+def joints_at(places, names):
+    joints = np.zeros((len(KEYPOINTS), 3), np.float32)
+    for name, place in zip(names, places, strict=True):
+        joints[KEYPOINTS.index(name)] = [*place, 1]
+    return joints
+
+
+def test_a_limb_joins_its_joints_and_absent_ones_are_left_out():
+    black = np.zeros((60, 80, 3), np.uint8)
+    joints = joints_at([(10.5, 20.5), (50.5, 20.5)], ["left elbow", "left wrist"])
+    drawn = draw_skeleton(joints, black)
+    assert (drawn[20, 10:51] == (255, 150, 40)).all()
+    assert not drawn[25:].any()
+    assert not black.any()
+    joints[KEYPOINTS.index("left wrist"), 2] = 0.1
+    drawn = draw_skeleton(joints, black)
+    assert drawn[20, 10].any()
+    assert not drawn[:, 20:].any()
+    # Of other names there are dots alone.
+    assert draw_skeleton(joints[:2], black, ["tip", "root"], least=0.0).any()
+
+
+def test_keypoints_lie_over_the_image(rng):
+    rgb = rng.integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    joints = joints_at([(12.5, 30.5)], ["nose"])
+    heat = np.zeros((40, 50, len(KEYPOINTS)), np.float32)
+    heat[30, 12, 0] = 1
+    row = Comparison("keypoints", rgb, joints, np.ones((40, 50, 1), bool), heat)
+    shown = row.pictures()
+    for title in ("truth", "prediction"):
+        changed = (shown[title] != rgb).any(axis=-1)
+        assert changed[30, 12]
+        assert not changed[:25].any()
+    np.testing.assert_array_equal(shown["truth"], shown["prediction"])

@@ -376,3 +376,18 @@ def test_tiles_that_disagree_keep_their_contrast(rng):
     merged = merge_tiles(tiles, places, (96, 128), alignment="affine", anchor=truth)
     assert merged.std() > 0.5 * truth.std()
     assert np.corrcoef(merged.ravel(), truth.ravel())[0, 1] > 0.5
+
+
+def test_numbers_are_taken_from_the_tile_a_pixel_lies_deepest_in(rng):
+    size, tile = (9, 40), (9, 16)
+    places = plan_tiles(size, tile, 4)
+    assert places == [(0, 0), (0, 12), (0, 24)]
+    tiles = np.stack([np.full((*tile, 1), 3.0 * i) for i in range(3)])
+    merged = merge_tiles(tiles, places, size, alignment="nearest")[..., 0]
+    # Nothing lies between: the borders are in the middle of the overlaps, 12..15 and 24..27.
+    np.testing.assert_array_equal(merged[0], np.repeat([0.0, 3.0, 6.0], [14, 12, 14]))
+    np.testing.assert_array_equal(merged, np.broadcast_to(merged[0], size))
+    classes = rng.integers(0, 40, (30, 41, 1)).astype(np.float32)
+    places = plan_tiles((30, 41), (16, 16), 5)
+    again = merge_tiles(cut_tiles(classes, places, (16, 16)), places, (30, 41), alignment="nearest")
+    np.testing.assert_array_equal(again, classes)

@@ -118,7 +118,7 @@ def test_an_unknown_key_of_a_section(refused, config):
     config.method.latent_wieght = 1.0
     sentence = refused(config)
     assert "'latent_wieght'" in sentence
-    assert "use inference_timestep, latent_weight" in sentence
+    assert "use decoder, inference_timestep, latent_weight" in sentence
 
 
 def test_a_batch_that_does_not_fit_the_devices(refused, config):

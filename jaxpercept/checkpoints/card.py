@@ -26,6 +26,8 @@ _TASK_NAMES = {
     "normals": "surface normals",
     "dis": "a mask of the salient object",
     "matting": "the foreground's opacity",
+    "semantic": "semantic classes",
+    "pose": "a person's joints",
     "seg": "semantic classes in a palette's colours",
     "intrinsics": "intrinsic images",
 }
@@ -57,7 +59,7 @@ def write_card(
     """
     base = in_short(description.base_checkpoint)
     license = license or base_license(description.base_checkpoint)
-    task = _TASK_NAMES.get(description.task)
+    task = _TASK_NAMES.get(description.task, description.task)
     header = ["---", f"license: {license or 'unknown'}"]
     if base:
         header.append(f"base_model: {base}")
@@ -146,8 +148,10 @@ def _scores(workdir: Path | None) -> list[str]:
         try:
             protocol = report.get("protocol", {})
             scores = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
-            line = f"{path.parent.name} ({protocol.get('split')}, {protocol.get('images')} images, "
-            line += f"alignment {protocol.get('alignment')}): {scores}"
+            facts = [str(protocol.get("split")), f"{protocol.get('images')} images"]
+            if "alignment" in protocol:
+                facts.append(f"alignment {protocol['alignment']}")
+            line = f"{path.parent.name} ({', '.join(facts)}): {scores}"
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no evaluation's report: evaluate again.") from error
         lines.append(f"- {in_short(line, 2000)}")

@@ -18,6 +18,7 @@ from jaxpercept.models.config import (
     config_of,
 )
 from jaxpercept.models.dpt import DPTConfig
+from jaxpercept.models.lora import LoraConfig
 
 FILE_NAME = "jaxpercept.json"
 FORMAT = 1
@@ -63,6 +64,8 @@ class Description:
         resolution: (height, width) in pixels the model was trained at.
         base_checkpoint: what the training started from.
         config: the whole training config, for the record.
+        lora: what a training run adds to a network, `models.lora.LoraConfig.to_dict()`; empty where
+            nothing is added, or it has been merged.
     """
 
     components: dict[str, Any]
@@ -75,6 +78,16 @@ class Description:
     resolution: tuple[int, int] | None = None
     base_checkpoint: str = ""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def lora_of(self, component: str) -> LoraConfig | None:
+        """What is added to a network.
+
+        Raises:
+            UserError: a value of `lora` that cannot be.
+        """
+        config = LoraConfig.from_dict(self.lora) if self.lora else None
+        return config if config is not None and config.component == component else None
 
     def save(self, folder: Path) -> None:
         """Write `jaxpercept.json` into an existing folder."""
@@ -104,6 +117,8 @@ class Description:
         check_numbers(content["components"], path)
         try:
             content["components"] = architectures(content["components"])
+            if content.get("lora"):
+                LoraConfig.from_dict(content["lora"])
         except UserError as error:
             raise UserError(in_short(f"{path}: {error}", 1000)) from None
         if content["resolution"] is not None:

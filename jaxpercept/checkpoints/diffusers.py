@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxpercept.checkpoints import hub
 from jaxpercept.checkpoints.fit import check_layers, head_config, lacks_output
+from jaxpercept.checkpoints.lora import merged_tensors
 from jaxpercept.checkpoints.rules import to_jax
 from jaxpercept.checkpoints.tokenizer import TOKENIZER_FILES, missing_tokenizer_files
 from jaxpercept.checkpoints.values import (
@@ -369,7 +370,7 @@ def _read_params(
     file: Path, config: Config, dtype: str | None, head: bool = True
 ) -> dict[str, Any]:
     """The parameters in one file of weights, or in the shards that an index lists."""
-    tensors = open_weights(file)
+    tensors = merged_tensors(open_weights(file))  # of GenPercept's LoRA runs
     check_layers(config, len(tensors), file)
     shapes = functional(config, head=head).shapes
     return to_jax(shapes, tensors, where=str(file), dtype=dtype)

@@ -9,6 +9,7 @@ from jaxpercept.errors import UserError
 from jaxpercept.models.config import AutoencoderTinyConfig, CLIPTextConfig, UNetConfig, VAEConfig
 from jaxpercept.models.dpt import DPTConfig
 from jaxpercept.models.functional import Config, functional
+from jaxpercept.models.lora import LoraConfig
 
 _PROMPT = "prompt"
 Shape = tuple[int, ...]
@@ -71,8 +72,7 @@ def check_fit(
     components: Mapping[str, Config],
     shapes: Mapping[str, Mapping[str, Any]],
     where: str | Path,
-    *,
-    dpt: bool = False,
+    lora: LoraConfig | None = None,
 ) -> None:
     """Compares weights in this package's layout with the architectures they are for.
 
@@ -80,7 +80,7 @@ def check_fit(
       components: architecture of each component.
       shapes: `{component: {path: anything with .shape}}`; "prompt" is the encoded empty prompt.
       where: names the weights in error messages.
-      dpt: whether the UNet ends in a DPT head.
+      lora: what is added to one of the networks.
 
     Raises:
       UserError: tensors are missing, not expected or of another shape (all are counted and the
@@ -91,7 +91,11 @@ def check_fit(
     for component in components.keys() & shapes.keys():
         config, tensors = components[component], shapes[component]
         check_layers(config, len(tensors), where)
-        network = functional(config, head=not (dpt and component == "unet"))
+        network = functional(
+            config,
+            head=not (component == "unet" and "head" in components),
+            lora=lora if lora is not None and lora.component == component else None,
+        )
         wanted |= shapes_of({f"{component}/{path}": leaf for path, leaf in network.shapes.items()})
         stored |= shapes_of({f"{component}/{path}": leaf for path, leaf in tensors.items()})
     found = differences(wanted, stored)

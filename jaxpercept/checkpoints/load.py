@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ import numpy as np
 from jaxpercept.checkpoints import diffusers, orbax
 from jaxpercept.checkpoints.description import FILE_NAME, Description
 from jaxpercept.checkpoints.fit import check_fit
+from jaxpercept.checkpoints.lora import merge
 from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize
 from jaxpercept.checkpoints.values import in_short
 from jaxpercept.errors import UserError
 from jaxpercept.models.functional import functional
+from jaxpercept.models.lora import LoraConfig
 
 Params = orbax.Params
 EMBEDDED = "sd-tiny"
@@ -65,6 +68,8 @@ def load_model(
     *,
     components: Sequence[str] = ("unet", "vae", "text_encoder"),
     dtype: str | None = "float32",
+    prompt: str = "",
+    merge_lora: bool = True,
 ) -> tuple[Description, Params]:
     """Open a checkpoint of any kind.
 
@@ -74,10 +79,13 @@ def load_model(
             what it holds.
         dtype: of a diffusers checkpoint's weights, None for the type they are stored in; others
             are as they were saved.
+        prompt: what to encode; a jaxpercept checkpoint without text encoder keeps its own.
+        merge_lora: add the low-rank factors of a training run to the weights they belong to; False
+            keeps them beside, and `lora` in the description.
 
     Returns:
         The description and the weights as NumPy arrays. The component "prompt" holds the encoded
-        empty prompt where the checkpoint has a text encoder or was trained with one.
+        prompt where the checkpoint has a text encoder or was trained with one.
 
     Raises:
         UserError: nothing there, not complete, or the weights do not fit the description.
@@ -85,8 +93,12 @@ def load_model(
     with readable(source):
         folder = Path(resolve(source))
         if (folder / FILE_NAME).is_file():
-            return _load_own(folder, dtype)
-        checkpoint, params = _load_diffusers(str(folder), components, dtype)
+            description, params = _load_own(folder, dtype)
+            if description.lora and merge_lora:
+                params = merge(params, LoraConfig.from_dict(description.lora))
+                description = dataclasses.replace(description, lora={})
+            return description, params
+        checkpoint, params = _load_diffusers(str(folder), components, dtype, prompt)
         return _description(checkpoint), params
 
 
@@ -112,8 +124,8 @@ def _describe_own(folder: Path) -> tuple[Description, dict[Path, Any]]:
         stores = [folder / FROZEN] if (folder / FROZEN).is_dir() else []
         stores.append(folder / STEPS / str(step) / "params")
     shapes = {store: orbax.load_shapes(store) for store in stores}
-    dpt = description.recipe.get("head") == "dpt"
-    check_fit(description.components, merge_params(*shapes.values()), stores[-1], dpt=dpt)
+    lora = LoraConfig.from_dict(description.lora) if description.lora else None
+    check_fit(description.components, merge_params(*shapes.values()), stores[-1], lora)
     return description, shapes
 
 
@@ -163,12 +175,12 @@ def latest_step(workdir: Path) -> int | None:
 
 
 def _load_diffusers(
-    source: str, components: Sequence[str], dtype: str | None
+    source: str, components: Sequence[str], dtype: str | None, prompt: str = ""
 ) -> tuple[diffusers.Checkpoint, Params]:
     checkpoint = diffusers.load(source, components=tuple(components), dtype=dtype)
     params = checkpoint.params
     if "text_encoder" in checkpoint.configs:
-        params["prompt"] = {"embedding": encode_empty_prompt(checkpoint)}
+        params["prompt"] = {"embedding": encode_prompt(checkpoint, prompt)}
     return checkpoint, params
 
 
@@ -181,8 +193,10 @@ def _description(checkpoint: diffusers.Checkpoint) -> Description:
     )
 
 
-def encode_empty_prompt(checkpoint: diffusers.Checkpoint, *, padded: bool = False) -> np.ndarray:
-    """The text encoder's output for "": float32 [1, 2, d], or [1, length, d] padded.
+def encode_prompt(
+    checkpoint: diffusers.Checkpoint, prompt: str = "", *, padded: bool = False
+) -> np.ndarray:
+    """The text encoder's output: float32 [1, tokens, d], 2 tokens for ""; [1, length, d] padded.
 
     GenPercept and Marigold tokenise the empty prompt without padding, which leaves the start and
     the end token [GenPercept `genpercept_trainer.py`]; Lotus pads it to the text tower's length.
@@ -194,7 +208,7 @@ def encode_empty_prompt(checkpoint: diffusers.Checkpoint, *, padded: bool = Fals
     config = checkpoint.configs["text_encoder"]
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    ids = tokenize(tokenizer, [""], length if padded else None)
+    ids = tokenize(tokenizer, [prompt], length if padded else None)
     if not ids.size or ids.min() < 0 or ids.max() >= config.vocab_size:
         raise UserError(
             f"{checkpoint.tokenizer_dir} gives tokens that the text encoder does not know (it has "

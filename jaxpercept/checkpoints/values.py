@@ -80,6 +80,10 @@ _TEXT = _Kind(
     f"a text of at most {_MAX_TEXT} characters",
     lambda value: isinstance(value, str) and len(value) <= _MAX_TEXT,
 )
+_OPTION = _Kind(
+    f"true or false, {_number().words}, or {_NAME.words}",
+    lambda value: _FLAG.fits(value) or _number().fits(value) or _NAME.fits(value),
+)
 
 _SCHEDULER = {
     "_class_name": _NAME,
@@ -118,7 +122,7 @@ _METHOD = {
     "name": _NAME,
     "timesteps": _TEXT,
     "inference_timestep": _integer(0, _MAX_TIMESTEPS),
-    "vertical_gradient": _FLAG,
+    "decoder": _either("vae", "dpt"),
     "pixel_weights": _object_of(_number()),
     "latent_weight": _number(),
 }
@@ -134,11 +138,12 @@ _DESCRIPTION = {
     "method": _OBJECT,
     "recipe": _OBJECT,
     "task": _NAME,
-    "task_options": _object_of(_FLAG),
+    "task_options": _object_of(_OPTION),
     "model_index": _OBJECT,
     "resolution": _or_null(_list_of(_integer(1, _MAX_PIXELS), 2)),
     "base_checkpoint": _TEXT,
     "config": _OBJECT,
+    "lora": _OBJECT,
 }
 
 

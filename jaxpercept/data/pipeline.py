@@ -20,13 +20,13 @@ dataset, which keeps batches full and their order fixed on every host.
 import collections
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from jaxpercept.data.datasets import DATASETS, open_dataset
+from jaxpercept.data.datasets import DATASETS, TARGETS, Record, Records, open_dataset
 from jaxpercept.data.stages import (
     Collate,
     LoadExample,
@@ -66,9 +66,13 @@ def make_train_dataset(
       batch_size: examples per step over all processes; each process yields its share.
       seed: determines order, mixture and augmentation.
       augment: an `Augment` or its fields; None for the papers' recipe (a flip).
-      fields: what a batch holds: any of `rgb` uint8 [b, H, W, 3], `depth` float32 [b, H, W, 1] in
-        metres, `valid` bool [b, H, W, 1], `depth_range` float32 [b, 2], `index` int32 [b] (position
-        in the global stream), `input_ids` int32 [b, l].
+      fields: what a batch holds: any of `rgb` uint8 [b, H, W, 3], `source` (`rgb` before haze),
+        `depth` float32 [b, H, W, 1] in metres, `depth_range` float32 [b, 2], `disparity_range`
+        float32 [b, 4] (see `transforms`), `normals` float32 [b, H, W, 3], `alpha` float32
+        [b, H, W, 1], `classes` int32 [b, H, W, 1], `keypoints` float32 [b, k, 3], `box` float32
+        [b, 4], `valid` bool [b, H, W, 1] (where all of these targets are), `index` int32 [b]
+        (position in the global stream), `input_ids` int32 [b, l]. The targets mean what they mean
+        in a record (`datasets.Records`); the datasets are opened for exactly those.
       tokenize: captions -> int32 [n, l]; picklable; runs in the workers.
       process_index, process_count: the share of this process.
       num_workers: processes that decode; 0 decodes in a thread of this process.
@@ -100,15 +104,21 @@ def make_train_dataset(
     for name, weight, options in mixture:
         if not weight > 0:
             raise UserError(f"The weight of dataset {name} must be positive, got {weight}.")
-        records.append(open_dataset(name, **({"resolution": resolution} | dict(options))))
-        for need in sorted(needs - records[-1].dataset.provides):
+        provides = DATASETS[name].provides if name in DATASETS else needs
+        for need in sorted(needs - provides):
             raise UserError(f"Dataset {name} has no {need}; leave it out of this mixture.")
+        targets = needs & set(TARGETS)
+        if augment.haze:  # fog needs to know how far things are
+            targets |= {"depth"} & provides
+        options = {"resolution": resolution, "targets": targets} | dict(options)
+        records.append(open_dataset(name, **options))
         if len(records[-1]) == 0:
             raise UserError(f"Dataset {name} is empty; leave it out or make it larger.")
     stream = mixed_stream([len(r) for r in records], [w for _, w, _ in mixture], seed)
-    load = LoadExample(tuple(records), augment, resolution, seed, needs_depth="depth" in needs)
-    for number in range(len(records)):
-        load((0, number, 0))  # wrong files or a wrong depth_scale show before anything is built
+    load = LoadExample(tuple(records), augment, resolution, seed, frozenset(needs))
+    # Wrong files or a wrong depth_scale show before anything is built.
+    first = [load((0, number, 0)) for number in range(len(records))]
+    _check_compatible(records, first, needs)
     batches = (
         stream[process_index::process_count]
         .map(load)
@@ -209,9 +219,15 @@ _NEEDS = {
     "rgb": None,
     "source": None,
     "index": None,
+    "valid": None,
     "depth": "depth",
-    "valid": "depth",
     "depth_range": "depth",
+    "disparity_range": "depth",
+    "normals": "normals",
+    "alpha": "alpha",
+    "classes": "classes",
+    "keypoints": "keypoints",
+    "box": "keypoints",
     "input_ids": "caption",
 }
 
@@ -221,6 +237,29 @@ def _needs(fields: Sequence[str]) -> set[str]:
         if field not in _NEEDS:
             raise UserError(f"Unknown batch field {field!r}; known are {', '.join(_NEEDS)}.")
     return {need for field in fields if (need := _NEEDS[field]) is not None}
+
+
+def _check_compatible(
+    records: Sequence[Records], examples: Sequence[Record], needs: Collection[str]
+) -> None:
+    """Refuses mixtures whose class numbers or keypoints mean different things."""
+    rows = [r.dataset for r in records]
+    if "classes" in needs:
+        known = {row.labels: row for row in rows if row.labels}
+        if len(known) > 1:
+            first, second, *_ = known.values()
+            raise UserError(
+                f"The classes of dataset {first.name} are not those of {second.name}; leave one "
+                "out of the mixture."
+            )
+    if "keypoints" in needs:
+        for row, example in zip(rows, examples, strict=True):
+            counts = len(examples[0]["keypoints"]), len(example["keypoints"])
+            if counts[0] != counts[1]:
+                raise UserError(
+                    f"Dataset {rows[0].name} has {counts[0]} keypoints and {row.name} {counts[1]};"
+                    " leave one out of the mixture."
+                )
 
 
 def _positive_pair(resolution: Any) -> tuple[int, int]:

@@ -1,16 +1,17 @@
-"""Decoders: the bytes of one image, depth map or mask in, an array out.
+"""Decoders: the bytes of one image, map or mask in, an array out.
 
 Every failure is an `UnreadableFileError` that names the file, so that training can skip the record
 and evaluation can refuse it.
 """
 
+import dataclasses
 import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float32, Shaped, UInt8
+from jaxtyping import Bool, Float32, Int32, Shaped, UInt8
 from PIL import Image, ImageOps
 
 from jaxpercept.errors import UserError
@@ -91,6 +92,172 @@ class RawFloat32Reader:
         return _guard(
             lambda: _as_map(np.frombuffer(data, "<f4").reshape(self.shape), np.float32), str(path)
         )
+
+
+# ---- normals, mattes and classes -----------------------------------------------------------------
+
+# Directions of the three components of a stored normal, by name, and the signs that turn them into
+# x right, y up, z back towards the viewer.
+AXES = {
+    f"{x}_{y}_{z}": (sx, sy, sz)
+    for x, sx in (("right", 1), ("left", -1))
+    for y, sy in (("up", 1), ("down", -1))
+    for z, sz in (("back", 1), ("front", -1))
+}
+# Shorter vectors mean that there is no surface (Marigold's rule for Sintel).
+_MIN_NORMAL = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalsReader:
+    """Decodes surface normals: unit vectors, x right, y up, z towards the viewer; 0 where invalid.
+
+    NPY of shape (H, W, 3), an OpenEXR file with the channels R, G, B or X, Y, Z, or an 8- or 16-bit
+    colour PNG that stores (n + 1) / 2, where black and middle grey mean that there is none.
+
+    Attributes:
+      axes: key of `AXES`: the directions of the components in the file. "left_up_back" is what
+        DSINE's evaluation data has (its authors call it right, down, front of outward normals),
+        "right_down_front" a camera frame of OpenCV.
+
+    Raises (when called):
+      UnreadableFileError: the file is missing, damaged, or no such map.
+      UserError: the file is EXR and the package OpenEXR is not installed.
+    """
+
+    axes: str = "right_up_back"
+
+    def __post_init__(self) -> None:
+        if self.axes not in AXES:
+            raise UserError(f"Unknown normals_axes {self.axes!r}; known are {', '.join(AXES)}.")
+
+    def __call__(self, path: str | Path) -> Float32[np.ndarray, "h w 3"]:
+        suffix = Path(path).suffix.lower()
+        if suffix == ".exr":
+            exr = _import_openexr(path)
+            return _guard(lambda: self._unit(_decode_exr_vectors(exr, str(path))), str(path))
+        data = _read_bytes(path)
+        decode = _decode_npy if suffix == ".npy" else _decode_png_vectors
+        return _guard(lambda: self._unit(decode(data)), str(path))
+
+    def _unit(self, vectors: np.ndarray) -> Float32[np.ndarray, "h w 3"]:
+        if vectors.ndim != 3 or vectors.shape[-1] != 3 or vectors.dtype.kind != "f":
+            raise ValueError(f"expected three numbers per pixel, got {vectors.shape}")
+        length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            present = length > _MIN_NORMAL  # false for nan
+        present &= np.isfinite(length)
+        signs = np.array(AXES[self.axes], np.float32)
+        unit = np.divide(vectors, length, where=present, out=np.zeros_like(vectors))
+        return unit.astype(np.float32) * signs + np.float32(0)  # no negative zeros
+
+
+def read_alpha(path: str | Path) -> Float32[np.ndarray, "h w 1"]:
+    """Decodes a mask or a matte, a grey picture of 1, 8 or 16 bits, to [0, 1].
+
+    Raises:
+      UnreadableFileError: the file is missing, damaged, transparent or coloured.
+    """
+    data = _read_bytes(path)
+    return _guard(lambda: _decode_grey(data)[..., None], str(path))
+
+
+def read_trimap(path: str | Path) -> UInt8[np.ndarray, "h w 1"]:
+    """Decodes a trimap: 0 background, 255 foreground, 128 (any grey in the file) unknown.
+
+    Raises:
+      UnreadableFileError: the file is missing, damaged, transparent or coloured.
+    """
+    grey = read_alpha(path)
+    return np.where(grey == 0, np.uint8(0), np.where(grey == 1, np.uint8(255), np.uint8(128)))
+
+
+VOID = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassesReader:
+    """Decodes a map of class numbers; 255 is void.
+
+    Attributes:
+      table: the class of every number in the file; numbers beyond it are void. Empty: as they are.
+      colours: the colour of every class, for files that are pictures in these colours; any other
+        colour is void.
+
+    Raises (when called):
+      UnreadableFileError: the file is missing, damaged, or not such a map.
+    """
+
+    table: tuple[int, ...] = ()
+    colours: tuple[tuple[int, int, int], ...] = ()
+
+    def __call__(self, path: str | Path) -> Int32[np.ndarray, "h w 1"]:
+        data = _read_bytes(path)
+        return _guard(lambda: self._decode(_open_image(data))[..., None], str(path))
+
+    def _decode(self, image: Image.Image) -> Int32[np.ndarray, "h w"]:
+        if image.mode in ("RGB", "RGBA") and self.colours:
+            return self._from_colours(np.asarray(image.convert("RGB"), np.int32))
+        numbers = np.asarray(image)  # of a palette picture, the indices
+        if numbers.ndim != 2 or numbers.dtype.kind not in "iub":
+            raise ValueError(f"expected one class number per pixel, not mode {image.mode}")
+        numbers = numbers.astype(np.int32)
+        if not self.table:
+            return np.where(numbers < VOID, numbers, VOID).astype(np.int32)
+        table = np.array((*self.table, VOID), np.int32)
+        return table[np.clip(numbers, 0, len(self.table))]
+
+    def _from_colours(self, rgb: Int32[np.ndarray, "h w 3"]) -> Int32[np.ndarray, "h w"]:
+        code = np.array([1 << 16, 1 << 8, 1], np.int32)
+        known = np.array(self.colours, np.int32) @ code
+        order = np.argsort(known)
+        pixels = rgb @ code
+        place = np.searchsorted(known[order], pixels).clip(max=len(known) - 1)
+        classes = order[place].astype(np.int32)
+        return np.where(known[classes] == pixels, classes, np.int32(VOID))
+
+
+def _decode_grey(data: bytes) -> Float32[np.ndarray, "h w"]:
+    image = _open_image(data)
+    if image.has_transparency_data or image.mode in ("F", "CMYK"):
+        raise ValueError(f"a mask must be a grey picture, not mode {image.mode}")
+    if image.mode.startswith("I"):
+        return np.asarray(image, np.float32) / np.float32(65535)
+    if image.mode not in ("1", "L"):
+        rgb = np.asarray(image.convert("RGB"))
+        if (rgb != rgb[..., :1]).any():
+            raise ValueError("a mask must be a grey picture, this one has colours")
+        return rgb[..., 0].astype(np.float32) / np.float32(255)
+    return np.asarray(image.convert("L"), np.float32) / np.float32(255)
+
+
+def _decode_png_vectors(data: bytes) -> Float32[np.ndarray, "h w 3"]:
+    image = Image.open(io.BytesIO(data))
+    tiles = list(image.tile)
+    if image.mode != "RGB" or image.format != "PNG":
+        raise ValueError(f"normals must be a PNG in colours, not {image.format} of {image.mode}")
+    pixels = np.array(image).astype(np.float32)
+    largest = np.float32(255)
+    if tiles[0].args == "RGB;16B":
+        # Pillow keeps the high byte of 16-bit colours. Told that the file is little-endian, it
+        # keeps the low one.
+        image = Image.open(io.BytesIO(data))
+        image.tile = [tile._replace(args="RGB;16L") for tile in tiles]
+        pixels = pixels * 256 + np.array(image)
+        largest = np.float32(65535)
+    absent = (pixels == 0).all(axis=-1, keepdims=True)
+    return np.where(absent, np.float32(0), pixels / largest * 2 - 1)
+
+
+def _decode_exr_vectors(exr, path: str) -> Float32[np.ndarray, "h w 3"]:
+    channels = exr.File(path, separate_channels=True).channels()
+    for names in ("RGB", "XYZ"):
+        if set(names) <= channels.keys():
+            return np.stack([channels[name].pixels for name in names], -1).astype(np.float32)
+    raise ValueError(f"expected the channels R, G, B or X, Y, Z, not {', '.join(channels)}")
+
+
+# ---- helpers -------------------------------------------------------------------------------------
 
 
 def _read_bytes(path: str | Path) -> bytes:

@@ -1,10 +1,12 @@
 """Random-access sources: an index in, the decoded arrays of one example out.
 
 A source is anything with `__len__` and `__getitem__(index) -> dict` that can be pickled to a worker
-process. The dict holds `name` (str), `rgb` uint8 [h, w, 3] and, where there is one, `depth` float32
-[h, w, 1] in the units of the file, `mask` bool [h, w, 1] and `caption` (str). What the numbers mean
-(units, valid range, crop) is the business of `datasets.py`. Paths are checked when a source is
-built, so that a wrong one is reported before anything is compiled.
+process. The dict holds `name` (str), `rgb` uint8 [h, w, 3] and what else there is: `depth` float32
+[h, w, 1] in the units of the file, `mask` bool [h, w, 1] (where the depth is valid), `normals`,
+`alpha`, `trimap`, `classes`, `keypoints`, `box` and `caption` as in a record (`datasets.Records`).
+What a depth means (units, valid range, crop) is the business of `datasets.py`; where the files of a
+dataset lie, that of `listings.py`. Paths are checked when a source is built, so that a wrong one is
+reported before anything is compiled.
 """
 
 import json
@@ -17,17 +19,32 @@ from typing import Any
 import numpy as np
 
 from jaxpercept.data.readers import (
-    DEPTH_SUFFIXES,
-    RGB_SUFFIXES,
+    ClassesReader,
+    NormalsReader,
     UnreadableFileError,
     decode_rgb,
+    read_alpha,
     read_depth,
     read_mask,
     read_rgb,
+    read_trimap,
 )
 from jaxpercept.errors import UserError
 
 Example = dict[str, Any]
+Reader = Callable[[str], np.ndarray]
+
+# A pixel counts if every mask says so.
+MASKS = ("mask", "mask_transparent")
+_READERS: dict[str, Reader] = {
+    "rgb": read_rgb,
+    "depth": read_depth,
+    "normals": NormalsReader(),
+    "alpha": read_alpha,
+    "trimap": read_trimap,
+    "classes": ClassesReader(),
+    **dict.fromkeys(MASKS, read_mask),
+}
 
 
 class FileSource:
@@ -36,8 +53,10 @@ class FileSource:
     Args:
       root: folder that the paths are relative to.
       names: one name per example.
-      columns: field -> one relative path per example; fields `rgb`, `depth`, `mask`.
-      depth_reader: decoder of the depth files, `read_depth` unless the format is unusual.
+      columns: field -> one relative path per example; fields `rgb`, `depth`, `normals`, `alpha`,
+        `trimap`, `classes` and those of `MASKS`.
+      readers: decoders of fields whose files have an unusual format.
+      expected: how many examples the split has as published, where that is known.
     """
 
     def __init__(
@@ -45,12 +64,14 @@ class FileSource:
         root: str | Path,
         names: Sequence[str],
         columns: Mapping[str, Sequence[str]],
-        depth_reader: Callable[[str], np.ndarray] = read_depth,
+        readers: Mapping[str, Reader] | None = None,
+        expected: int | None = None,
     ):
         self.root = str(root)
         self.names = list(names)
         self.columns = {field: list(paths) for field, paths in columns.items()}
-        self._readers = {"rgb": read_rgb, "depth": depth_reader, "mask": read_mask}
+        self.expected = expected
+        self._readers = _READERS | dict(readers or {})
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,83 +85,11 @@ class FileSource:
                     f"{field} of {self.names[index]} has size {example[field].shape[:2]} but its "
                     f"image has {example['rgb'].shape[:2]}; both must be the same."
                 )
-        return example
+        masks = [example.pop(field) for field in MASKS if field in example]
+        return example | ({"mask": np.logical_and.reduce(masks)} if masks else {})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root}, {len(self)} examples)"
-
-
-class FolderSource(FileSource):
-    """`rgb/NAME.*` with `depth/NAME.{png,npy,exr}` and, if the folder exists, `mask/NAME.*`.
-
-    NAME may contain sub-folders. Examples are ordered by name.
-
-    Raises:
-      UserError: a folder is missing or empty, or a file has no partner.
-    """
-
-    def __init__(self, folder: str | Path):
-        folder = _existing_folder(folder)
-        rgb = _files_by_stem(folder / "rgb", RGB_SUFFIXES)
-        depth = _files_by_stem(folder / "depth", DEPTH_SUFFIXES)
-        columns = {"rgb": rgb, "depth": depth}
-        if (folder / "mask").is_dir():
-            columns["mask"] = _files_by_stem(folder / "mask", RGB_SUFFIXES | {".npy"})
-        for field, files in columns.items():
-            _require_partners(folder, field, files, rgb)
-        names = sorted(rgb)
-        super().__init__(
-            folder, names, {field: [files[n] for n in names] for field, files in columns.items()}
-        )
-
-
-class ListSource(FileSource):
-    """Lines `rgb depth [...]` of a split file, paths relative to `data_dir`.
-
-    Args:
-      data_dir: folder that holds the files.
-      list_file: the split file, absolute or relative to `data_dir`; words are separated by white
-        space, empty lines are ignored, and so are lines whose depth is the word None (KITTI).
-      columns: what the first words of a line are.
-      depth_reader: decoder of the depth files.
-
-    Raises:
-      UserError: the folder or the list is missing, the list is empty, a line is too short, or it
-        names a file that does not exist.
-    """
-
-    def __init__(
-        self,
-        data_dir: str | Path,
-        list_file: str | Path,
-        columns: Sequence[str] = ("rgb", "depth"),
-        depth_reader: Callable[[str], np.ndarray] = read_depth,
-    ):
-        data_dir = _existing_folder(data_dir)
-        list_path = data_dir / list_file
-        try:
-            lines = list_path.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"Cannot read the list {list_path}; put the split file there or name another one."
-            ) from error
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            words = line.split()
-            if not words or (len(words) > 1 and words[1] == "None"):
-                continue
-            if len(words) < len(columns):
-                raise UserError(
-                    f"Line {number} of {list_path} has {len(words)} words; it must name "
-                    f"{', '.join(columns)}."
-                )
-            rows.append(words[: len(columns)])
-        if not rows:
-            raise UserError(f"The list {list_path} names no files; check that it is the right one.")
-        paths = {field: [row[i] for row in rows] for i, field in enumerate(columns)}
-        for column in paths.values():
-            _require_files(data_dir, column, list_path)
-        super().__init__(data_dir, paths["rgb"], paths, depth_reader)
 
 
 class ImageZipSource:
@@ -158,7 +107,7 @@ class ImageZipSource:
     """
 
     def __init__(self, data_dir: str | Path, keep: Callable[[int], bool] = lambda _: True):
-        data_dir = _existing_folder(data_dir)
+        data_dir = existing_folder(data_dir)
         self.path = str(data_dir / "images.zip")
         self._handle: tuple[int, zipfile.ZipFile] | None = None
         try:
@@ -209,7 +158,10 @@ def _caption(name: str) -> str:
 
 
 class SceneExamples:
-    """A `SceneSource` with the names, shapes and keys of the other sources."""
+    """A `SceneSource` with the names, shapes and keys of the other sources.
+
+    Whatever a scene has beside these keys (keypoints, a box, ...) is passed on.
+    """
 
     def __init__(self, scenes: Any):
         self.scenes = scenes
@@ -221,7 +173,10 @@ class SceneExamples:
         scene = dict(self.scenes[index])
         scene["name"] = f"scene_{scene.pop('index'):010d}"
         scene["mask"] = scene.pop("valid")
-        return scene | {key: scene[key][..., None] for key in ("instance", "classes")}
+        for key in ("instance", "classes", "alpha", "trimap"):
+            if key in scene and scene[key].ndim == 2:
+                scene[key] = scene[key][..., None]
+        return scene
 
 
 class TFDSSource:
@@ -290,53 +245,8 @@ class TFDSSource:
         return f"TFDSSource({self.builder}, {self.split}, {len(self)} examples)"
 
 
-def _existing_folder(folder: str | Path) -> Path:
+def existing_folder(folder: str | Path) -> Path:
+    """The folder, if it is one; a UserError that names it otherwise."""
     if not os.path.isdir(folder):
         raise UserError(f"The data folder {folder} does not exist; set data_dir to one that does.")
     return Path(folder)
-
-
-def _files_by_stem(folder: Path, suffixes: frozenset[str]) -> dict[str, str]:
-    """Relative path of every data file below `folder`, by its name without the suffix."""
-    if not folder.is_dir():
-        raise UserError(f"The folder {folder} is missing; put the {folder.name} files there.")
-    files: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
-            continue
-        stem = str(path.relative_to(folder).with_suffix(""))
-        if stem in files:
-            raise UserError(f"{folder} has two files named {stem}; keep one of them.")
-        files[stem] = str(path.relative_to(folder.parent))
-    if not files:
-        raise UserError(
-            f"The folder {folder} holds no file that ends in {', '.join(sorted(suffixes))}."
-        )
-    return files
-
-
-def _require_partners(
-    folder: Path, field: str, files: Mapping[str, str], rgb: Mapping[str, str]
-) -> None:
-    for name in sorted(rgb.keys() - files.keys())[:1]:
-        raise UserError(
-            f"{folder / rgb[name]} has no {field}; add {folder / field / name}.* or remove it."
-        )
-    for name in sorted(files.keys() - rgb.keys())[:1]:
-        raise UserError(
-            f"{folder / files[name]} has no image; add {folder / 'rgb' / name}.* or remove it."
-        )
-
-
-def _require_files(root: Path, paths: Sequence[str], list_path: Path) -> None:
-    """One directory listing instead of one stat per file: lists have tens of thousands of lines."""
-    listings: dict[str, set[str]] = {}
-    for path in paths:
-        parent, name = os.path.split(path)
-        if parent not in listings:
-            folder = root / parent
-            listings[parent] = set(os.listdir(folder)) if folder.is_dir() else set()
-        if name not in listings[parent]:
-            raise UserError(
-                f"{list_path} names {path}, which is not in {root}; check data_dir or the list."
-            )

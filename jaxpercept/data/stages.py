@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Integer
 
-from jaxpercept.data.datasets import EmptyMaskError, Record, Records
+from jaxpercept.data.datasets import TARGETS, EmptyMaskError, Record, Records
 from jaxpercept.data.readers import UnreadableFileError
 from jaxpercept.data.transforms import Augment, prepare
 from jaxpercept.errors import UserError
@@ -25,6 +25,11 @@ _MAX_SKIPS = 100
 
 # Batches decoded ahead, by a thread or by each worker process.
 _BUFFER = 2
+
+# What training keeps of a record; other targets, which rendered scenes have unasked, are not
+# augmented for nothing.
+_ALWAYS = frozenset({"name", "rgb", "valid", "unmasked_depth", "box", "flip_pairs"})
+_HAZE = frozenset({"depth"})
 
 # "Endless". Grain computes lengths in float64, which is exact up to 2**53 only.
 _STREAM_LENGTH = 2**48
@@ -64,7 +69,7 @@ class LoadExample:
     augment: Augment
     resolution: tuple[int, int]
     seed: int
-    needs_depth: bool
+    needs: frozenset[str]  # targets, and "caption"
 
     def __call__(self, element: tuple[int, int, int]) -> Record:
         position, dataset, index = element
@@ -89,9 +94,13 @@ class LoadExample:
         # Keyed by the position in the global stream, not by the one in this process's share (which
         # Grain's random_map would use), so that the number of processes does not matter.
         rng = np.random.default_rng([self.seed, position])
+        kept = _ALWAYS | self.needs | (_HAZE if self.augment.haze else frozenset())
+        record = {key: value for key, value in record.items() if key in kept}
         example = prepare(record, rng, self.augment, self.resolution)
-        if self.needs_depth and not example["valid"].any():
+        if self.needs & set(TARGETS) and not example["valid"].any():
             raise EmptyMaskError(f"No valid pixel of {record['name']} is left after cropping.")
+        if "keypoints" in self.needs and not example["keypoints"][:, 2].any():
+            raise EmptyMaskError(f"No keypoint of {record['name']} is left after cropping.")
         return example
 
 

@@ -58,14 +58,14 @@ def look_at_weights(found: Inspection, folders: Sequence[Path], bar: tqdm) -> No
             _read_arrays(part, folder, component, leaves, bar)
     if found.description is None or not readable or not folders:
         return
-    dpt = found.description.recipe.get("head") == "dpt"
-    for component, config in found.description.components.items():
+    components = found.description.components
+    for component, config in components.items():
         part = found.parts.setdefault(component, Part(found.source))
         part.config = config
-        headless = dpt and component == "unet"
+        headless = component == "unet" and "head" in components
         part.compare(stored.get(component, {}), folders[-1], head=not headless)
     if "prompt" in stored:
-        unet = found.description.components.get("unet")
+        unet = components.get("unet")
         misshaped = fit.misshaped_prompt(stored["prompt"], unet)
         found.parts["prompt"].differences = fit.Differences(misshaped=misshaped)
 

@@ -16,8 +16,8 @@ from jaxtyping import Float, UInt8
 from jaxpercept.data.datasets import DATASETS, open_dataset
 from jaxpercept.data.transforms import FOG, Augment, prepare
 from jaxpercept.inference.evaluator import Evaluator
-from jaxpercept.inference.panel import panel
-from jaxpercept.inference.report import table, write_report
+from jaxpercept.inference.measures import is_detail
+from jaxpercept.inference.report import drawn, table, write_report
 from jaxpercept.methods import Autoencoder, TextToImage
 from jaxpercept.training.loop import Observer
 from jaxpercept.training.metric_writer import MetricWriter
@@ -25,24 +25,32 @@ from jaxpercept.training.optim import Params
 from jaxpercept.training.setup import Setup
 
 _COLUMNS = 8
+# Options of a training dataset that say how its files are to be read; others choose examples.
+_READING = (
+    *("depth_scale", "normals_axes", "first_class", "columns"),
+    *("persons", "margin", "min_keypoints"),
+)
 
 
 def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
     """Evaluate as `config.evaluation` says; the last report lies in `workdir/evaluation/DATASET`.
 
+    It holds arguments of `Evaluator`. Metrics of single classes and joints are in the report only.
     The panel of input, truth and prediction also goes to the run's pictures.
     """
     config = setup.description.config
     options = dict(config["evaluation"])
     dataset = options.pop("dataset")
     own = config["data"]["options"].get(dataset, {})
+    reading = {name: own[name] for name in _READING if own.get(name) is not None}
+    overrides = {**reading, **options.pop("overrides", {})}
     evaluator = Evaluator(
         setup.method.perception,
         dataset,
         mesh=mesh,
         resolution=setup.description.resolution,
         data_dir=own.get("data_dir", config["data_dir"]) or None,
-        depth_scale=own.get("depth_scale"),
+        overrides=overrides,
         **options,
     )
 
@@ -53,10 +61,9 @@ def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
             facts = {"checkpoint": str(workdir), "step": step}
             write_report(workdir / "evaluation" / dataset, result, facts)
         if result.pictures:
-            writer.picture(step, dataset, panel(result.pictures))
-        scores = {f"{dataset}/{name}": value for name, value in result.means.items()}
-        scores |= {f"{dataset}/constant_{name}": v for name, v in result.baseline.items()}
-        return scores
+            writer.picture(step, dataset, drawn(result))
+        scores = result.means | {f"constant_{name}": x for name, x in result.baseline.items()}
+        return {f"{dataset}/{name}": x for name, x in scores.items() if not is_detail(name)}
 
     return observe
 

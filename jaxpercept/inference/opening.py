@@ -18,7 +18,7 @@ from jaxpercept.diffusion.schedule import NoiseSchedule
 from jaxpercept.errors import UserError
 from jaxpercept.inference.outputs import target_names
 from jaxpercept.inference.predictor import Params
-from jaxpercept.methods import Perception, build_perception
+from jaxpercept.methods import PERCEPTION, Perception, build_perception
 from jaxpercept.methods.families import recognise
 from jaxpercept.methods.recipe import Recipe
 from jaxpercept.models.config import AutoencoderConfig
@@ -143,7 +143,7 @@ def describe(
         raise _not_fine_tuned(checkpoint.source)
     check_runs(description, checkpoint.source)
     padded = found is not None and Recipe.of(**found.recipe).padded_prompt
-    params["prompt"] = {"embedding": load.encode_empty_prompt(checkpoint, padded=padded)}
+    params["prompt"] = {"embedding": load.encode_prompt(checkpoint, padded=padded)}
     return description, params
 
 
@@ -184,7 +184,7 @@ def _check_widths(description: Description) -> None:
 def _check_predicts(description: Description) -> None:
     """The recipe, and that the networks and the schedule are its family's."""
     parts = description.components
-    if not description.recipe and description.method.get("name") != "one_step":
+    if not description.recipe and description.method.get("name") not in PERCEPTION:
         raise UserError(f"it names a task and no method that predicts: restore its {FILE_NAME}.")
     if missing := [name for name in ("unet", "vae") if name not in parts]:
         raise UserError(f"it holds no {' and no '.join(missing)}: give a complete checkpoint.")

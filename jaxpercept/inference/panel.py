@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -133,45 +132,13 @@ def beside(images: Iterable[np.ndarray]) -> UInt8[np.ndarray, "h w 3"]:
     return np.concatenate(list(images), axis=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class PanelRow:
-    """One line of a panel of depth.
-
-    Attributes:
-        rgb: the input image.
-        truth: depth, in any unit.
-        valid: where `truth` is measured.
-        prediction: depth in the unit of `truth`, that is, aligned to it.
-    """
-
-    rgb: UInt8[np.ndarray, "h w 3"]
-    truth: Float[np.ndarray, "h w 1"]
-    valid: Bool[np.ndarray, "h w 1"]
-    prediction: Float[np.ndarray, "h w 1"]
-
-    def pictures(self) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
-        """Input, truth and prediction.
-
-        Truth and prediction share one colour range, the 2 % to 98 % quantiles of the valid truth,
-        so that equal colours are equal depths; what is not measured is grey.
-        """
-        limits = colour_limits(self.truth, self.valid)
-        truth = np.where(self.valid, self.truth, np.nan)
-        return {
-            "input": self.rgb,
-            "truth": spectral(truth[..., 0], limits),
-            "prediction": spectral(self.prediction[..., 0], limits),
-        }
-
-
 def panel(
-    rows: Sequence[PanelRow | Mapping[str, UInt8[np.ndarray, "_ _ 3"]]],
+    rows: Sequence[Mapping[str, UInt8[np.ndarray, "_ _ 3"]]],
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The pictures of each row beside each other, under a header with their titles.
 
     Args:
-        rows: depth with its truth, or pictures of any kind and size by their titles; all rows have
-            the same titles.
+        rows: pictures of any kind and size by their titles; all rows have the same titles.
 
     Returns:
         One image. All pictures are brought to the width of the widest in the first column, at least
@@ -180,14 +147,13 @@ def panel(
     Raises:
         ValueError: the rows' titles differ.
     """
-    pictures = [row.pictures() if isinstance(row, PanelRow) else row for row in rows]
-    titles = list(pictures[0])
-    if any(list(row) != titles for row in pictures):
-        raise ValueError(f"panel: the rows' titles differ: {[list(row) for row in pictures]}")
-    widest = max(row[titles[0]].shape[1] for row in pictures)
+    titles = list(rows[0])
+    if any(list(row) != titles for row in rows):
+        raise ValueError(f"panel: the rows' titles differ: {[list(row) for row in rows]}")
+    widest = max(row[titles[0]].shape[1] for row in rows)
     width = int(np.clip(widest, *_WIDTHS))
     lines = [_header(titles, width)]
-    lines += [_line([_to_width(image, width) for image in row.values()]) for row in pictures]
+    lines += [_line([_to_width(image, width) for image in row.values()]) for row in rows]
     gap = np.full((_GAP, lines[0].shape[1], 3), 255, np.uint8)
     return np.concatenate([part for line in lines for part in (line, gap)][:-1])
 

@@ -17,10 +17,11 @@ from jaxtyping import Float, Shaped
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.load import latest_step
 from jaxpercept.errors import UserError
+from jaxpercept.inference.answer import PerceptionOutput, targets_apart
 from jaxpercept.inference.images import to_batch
 from jaxpercept.inference.opening import open_perception, perception_of
 from jaxpercept.inference.options import Options, check_options
-from jaxpercept.inference.outputs import KINDS
+from jaxpercept.inference.outputs import KINDS, legend
 from jaxpercept.inference.predictor import (
     Params,
     Prediction,
@@ -38,43 +39,6 @@ from jaxpercept.training import sharding
 
 # Merging tiles by a task's `merge`.
 _TILES = {"affine": "affine", "normals": "unit", "average": "none"}
-
-
-@dataclasses.dataclass(frozen=True)
-class PerceptionOutput:
-    """Predictions of N images, and what they are.
-
-    Attributes:
-        prediction: float32 [N, h, w, c], diffusers' Marigold conventions; [N T, h, w, 3] of a
-            model of T intrinsic images.
-        uncertainty: float32 [N, h, w, d], only where several predictions were merged.
-        latent: float32 [N E, i, j, k], what the E predictions for each image were decoded from,
-            padding included.
-        kind: the kind of prediction, a key of `outputs.KINDS`.
-        range: least and largest value.
-        convention: what the values mean.
-        processing_resolution: long side in pixels the network worked at; 0: the images' own.
-        checkpoint: what was opened.
-        step: the training step, where the checkpoint is a training workdir.
-        seed: the seed given; deterministic models do not use it.
-        num_inference_steps: denoising steps made.
-        ensemble_size: predictions merged for each image.
-        target_properties: of a model of intrinsic images, what its targets are.
-    """
-
-    prediction: Float[np.ndarray, "n h w c"]
-    uncertainty: Float[np.ndarray, "n h w d"] | None
-    latent: Float[np.ndarray, "m i j k"]
-    kind: str
-    range: tuple[float, float]
-    convention: str
-    processing_resolution: int
-    checkpoint: str
-    step: int | None
-    seed: int
-    num_inference_steps: int = 1
-    ensemble_size: int = 1
-    target_properties: dict[str, Any] | None = None
 
 
 class PerceptionPipeline:
@@ -141,7 +105,7 @@ class PerceptionPipeline:
 
         Args:
             path_or_id: the checkpoint.
-            task: what it predicts: "depth", "disparity", "normals", "dis", "matting", "seg".
+            task: what it predicts, a key of `tasks.TASKS`.
             family: how: "genpercept", "rgb_blending", "marigold", "e2e_ft", "lotus_d", "lotus_g".
             base: the text-to-image checkpoint that has what this one lacks; GenPercept publishes
                 UNets alone.
@@ -254,10 +218,10 @@ class PerceptionPipeline:
             )
         kind = self.perception.task.kind
         return PerceptionOutput(
-            prediction=_targets_apart(prediction, self.perception.targets),
+            prediction=targets_apart(prediction, self.perception.targets),
             uncertainty=None
             if uncertainty is None
-            else _targets_apart(uncertainty, self.perception.targets),
+            else targets_apart(uncertainty, self.perception.targets),
             latent=latent,
             kind=kind,
             range=KINDS[kind].range,
@@ -269,6 +233,7 @@ class PerceptionPipeline:
             num_inference_steps=num_inference_steps or self.perception.recipe.num_steps,
             ensemble_size=options.members,
             target_properties=self.description.model_index.get("target_properties"),
+            legend=legend(self.perception.task),
         )
 
     def network_size(
@@ -295,7 +260,8 @@ class PerceptionPipeline:
 
         Tiles and, once more, the whole image are predicted at the processing resolution and merged
         without seams (`inference.tiles`): depth and disparity, whose scale and shift differ from
-        tile to tile, are fitted to each other and to the coarse prediction of the whole.
+        tile to tile, are fitted to each other and to the coarse prediction of the whole. A pixel's
+        class is that of the tile it lies deepest in.
 
         Args:
             image: as for a call, one.
@@ -317,12 +283,13 @@ class PerceptionPipeline:
             return whole
         parts = self(cut_tiles(images[0], places, (tile, tile)), seed=seed, **options)
         task, targets = self.perception.task, self.perception.targets
+        alignment = "nearest" if KINDS[task.kind].categories else _TILES[task.merge]
         merged = [
             merge_tiles(
                 parts.prediction[target::targets],
                 places,
                 size,
-                alignment=_TILES[task.merge],
+                alignment=alignment,
                 anchor=whole.prediction[target] if task.merge == "affine" else None,
             )
             for target in range(targets)
@@ -441,14 +408,3 @@ class PerceptionPipeline:
             f"latents has the shape {list(latents.shape)}: give {list(shape)} (or, as diffusers "
             f"has it, {list(channels_first)})."
         )
-
-
-def _targets_apart(
-    maps: Float[np.ndarray, "n h w c"], targets: int
-) -> Float[np.ndarray, "m h w d"]:
-    """[n, h, w, t c] to [n t, h, w, c], as diffusers returns several targets."""
-    if targets == 1:
-        return maps
-    n, h, w, c = maps.shape
-    apart = maps.reshape(n, h, w, targets, c // targets).transpose(0, 3, 1, 2, 4)
-    return apart.reshape(n * targets, h, w, c // targets)

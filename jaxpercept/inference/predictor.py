@@ -282,10 +282,10 @@ class Predictor:
         return ensemble(task.merge, members, **task.merge_options, **chosen)
 
     def _resize_back(self, maps: Array, *, output: Size, method: str, kind: str) -> Array:
-        resized = resize(maps, output, method)
-        if kind == "prediction" and output != maps.shape[1:3]:
-            resized = self.perception.task.after_resize(resized)
-        return resized
+        resized, task = resize(maps, output, method), self.perception.task
+        if kind == "uncertainty":
+            return resized
+        return task.finish(task.after_resize(resized) if output != maps.shape[1:3] else resized)
 
 
 def _to_host(array: Array) -> np.ndarray:

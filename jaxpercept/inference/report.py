@@ -3,45 +3,89 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
+
 from jaxpercept.inference.evaluator import EvalResult
+from jaxpercept.inference.measures import MEASURES, entry, is_detail
 from jaxpercept.inference.outputs import atomic, save_json, save_png
 from jaxpercept.inference.panel import panel
 
-_COLUMNS = {
-    "AbsRel": "abs_rel",
-    "SqRel": "sq_rel",
-    "RMSE": "rmse",
-    "RMSElog": "rmse_log",
-    "log10": "log10",
-    "delta1": "delta1",
-    "delta2": "delta2",
-    "delta3": "delta3",
-    "SILog": "silog",
-    "iRMSE": "i_rmse",
-}
+METRICS, ROWS, PICTURE = "metrics.json", "per_image.csv", "predictions.png"
+
+Scores = Mapping[str, float | None]
 
 
 def table(result: EvalResult) -> str:
-    """The means, and under them those of the best constant depth of each image."""
+    """The metrics, and under them those of the trivial prediction; one pair for each protocol."""
     facts = result.protocol
-    cap = "no upper cap" if facts["max_depth"] is None else f"up to {facts['max_depth']:g} m"
-    lines = [
-        f"{facts['dataset']} ({facts['split']}): {facts['images']} images, {facts['alignment']} "
-        f"alignment, {cap}, evaluation crop {facts['evaluation_crop'] or 'none'}, processed at "
-        f"{facts['processing_resolution'] or 'native resolution'}",
-        f"{'':<14}" + "".join(f"{title:>9}" for title in _COLUMNS),
-    ]
-    for title, means in (("prediction", result.means), ("best constant", result.baseline)):
-        lines.append(f"{title:<14}" + "".join(f"{means[key]:9.4f}" for key in _COLUMNS.values()))
+    lines = [describe(facts)]
+    titles, body = rows_of(facts, result.means, result.baseline)
+    width = max(14, *(len(label) + 2 for label, _ in body))
+    lines.append(" " * width + "".join(f"{title:>10}" for title in titles))
+    lines += [label.ljust(width) + "".join(f"{v:>10}" for v in values) for label, values in body]
+    if details := {k: x for k, x in result.means.items() if is_detail(k) and math.isfinite(x)}:
+        lines.append(", ".join(f"{name} {value:.3g}" for name, value in details.items()))
     return "\n".join(lines)
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """What was evaluated, in one line."""
+    said = [f"{facts['images']} images"]
+    if "alignment" in facts:
+        cap = "no upper cap" if facts["max_depth"] is None else f"up to {facts['max_depth']:g} m"
+        said += [f"{facts['alignment']} alignment", cap]
+        said.append(f"evaluation crop {facts['evaluation_crop'] or 'none'}")
+    said.append(f"processed at {facts['processing_resolution'] or 'native resolution'}")
+    return f"{facts['dataset']} ({facts['split']}): " + ", ".join(said)
+
+
+def rows_of(
+    facts: Mapping[str, Any], means: Scores, baseline: Scores
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """A table's titles, and its lines: (label, figures), "" where there is none.
+
+    Args:
+        facts: the `protocol` of a result.
+        means, baseline: as in a result.
+    """
+    columns = MEASURES[facts["kind"]].columns
+    parts = facts["parts"]
+    used = {
+        title: name
+        for title, name in columns.items()
+        if any(entry(part, name) in means for part in parts)
+    }
+    lines = []
+    for part in parts:
+        suffix = f" ({part})" if part else ""
+        for label, scores in (("prediction", means), (facts["baseline"], baseline)):
+            figures = [_figure(scores.get(entry(part, name))) for name in used.values()]
+            lines.append((label + suffix, figures))
+    return list(used), lines
+
+
+def _figure(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return ""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.1f}"
+
+
+def drawn(result: EvalResult) -> UInt8[np.ndarray, "h w 3"]:
+    """The panel of input, truth and prediction of a result with pictures."""
+    return panel([picture.pictures() for picture in result.pictures])
 
 
 def write_report(folder: Path, result: EvalResult, facts: Mapping[str, Any]) -> list[Path]:
     """Write `metrics.json`, `per_image.csv` and, if there are pictures, `predictions.png`.
+
+    In `metrics.json`, "metrics" and "best_constant" (of the trivial prediction) hold the dataset's
+    metrics, "details" those of single classes and joints, null for one that does not occur.
 
     Args:
         folder: created if missing.
@@ -49,24 +93,28 @@ def write_report(folder: Path, result: EvalResult, facts: Mapping[str, Any]) -> 
         facts: what the evaluator cannot know: the checkpoint, the command, ...
 
     Returns:
-        The paths written.
+        The paths written, `metrics.json` last to be written and first named.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "metrics.json", folder / "per_image.csv"]
-    save_json(
-        paths[0],
-        {
-            "metrics": result.means,
-            "best_constant": result.baseline,
-            "protocol": result.protocol,
-            **facts,
-        },
-    )
+    paths = [folder / METRICS, folder / ROWS]
     with atomic(paths[1]) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(result.rows[0]))
         writer.writeheader()
         writer.writerows(result.rows)
     if result.pictures:
-        paths.append(folder / "predictions.png")
-        save_png(paths[2], panel(result.pictures))
+        paths.append(folder / PICTURE)
+        save_png(paths[2], drawn(result))
+    details = {k: _plain(x) for k, x in result.means.items() if is_detail(k)}
+    content = {
+        "metrics": {k: _plain(x) for k, x in result.means.items() if not is_detail(k)},
+        "best_constant": {k: _plain(x) for k, x in result.baseline.items() if not is_detail(k)},
+        **({"details": details} if details else {}),
+        "protocol": result.protocol,
+        **facts,
+    }
+    save_json(paths[0], content)
     return paths
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -14,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
 from jaxpercept.errors import UserError
 
-Alignment = Literal["affine", "none", "unit"]
+Alignment = Literal["affine", "none", "unit", "nearest"]
 Place = tuple[int, int]
 Size = tuple[int, int]
 
@@ -124,7 +124,8 @@ def merge_tiles(
         size: (height, width) of the image.
         alignment: "affine" for maps up to scale and shift (depth, disparity; one channel), which
             `align_tiles` brings to one scale; "unit" for unit vectors (normals), normalised after
-            blending; "none" for all that needs neither.
+            blending; "nearest" for numbers that cannot be blended (classes), each pixel's from the
+            tile it lies deepest in; "none" for all that needs neither.
         anchor: for "affine", a coarse prediction of the whole image, resized to its size. Without
             it, errors of the tiles' scales add up over many tiles.
 
@@ -137,8 +138,10 @@ def merge_tiles(
         UserError: the tiles do not cover the image, the anchor has another size, or the alignment
             is unknown or does not fit.
     """
-    if alignment not in ("affine", "none", "unit"):
-        raise UserError(f"the alignment {alignment!r} is unknown: use affine, none or unit.")
+    if alignment not in get_args(Alignment):
+        raise UserError(
+            f"the alignment {alignment!r} is unknown: use {', '.join(get_args(Alignment))}."
+        )
     if alignment == "affine" and tiles.shape[-1] != 1:
         raise UserError(f"tiles of {tiles.shape[-1]} channels have no common scale: use unit.")
     if anchor is not None and anchor.shape[:2] != size:
@@ -154,11 +157,15 @@ def merge_tiles(
     for tile, (top, left), scale, shift in zip(tiles, places, scales, shifts, strict=True):
         area = np.s_[top : top + height, left : left + width]
         window = (rows[top][:, None] * columns[left])[..., None]
-        total[area] += window * (np.float32(scale) * tile + np.float32(shift))
-        weight[area] += window
+        if alignment == "nearest":
+            total[area] = np.where(window > weight[area], tile, total[area])
+            weight[area] = np.maximum(window, weight[area])
+        else:
+            total[area] += window * (np.float32(scale) * tile + np.float32(shift))
+            weight[area] += window
     if not weight.all():
         raise UserError(f"the tiles do not cover the image of {size}: use plan_tiles.")
-    merged = total / weight
+    merged = total if alignment == "nearest" else total / weight
     if alignment == "unit":
         return _unit(merged)
     return _squeeze(merged) if alignment == "affine" else merged

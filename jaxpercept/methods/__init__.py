@@ -14,27 +14,38 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxpercept.checkpoints.description import Description
+from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.schedule import NoiseSchedule
 from jaxpercept.diffusion.timesteps import TimestepPolicy
 from jaxpercept.errors import UserError
 from jaxpercept.methods.autoencoder import Autoencoder
-from jaxpercept.methods.denoising import TextToImage
+from jaxpercept.methods.denoising import Denoising
 from jaxpercept.methods.latent_model import LatentModel
 from jaxpercept.methods.one_step import OneStep
 from jaxpercept.methods.perception import Perception
 from jaxpercept.methods.recipe import Recipe
+from jaxpercept.methods.text_to_image import TextToImage
 from jaxpercept.models.config import VAEConfig
 from jaxpercept.models.functional import functional
-from jaxpercept.tasks import TRAINABLE, get_task
+from jaxpercept.tasks import TASKS, get_task
 
-Method = OneStep | TextToImage | Autoencoder
-_METHODS = {"one_step": OneStep, "text_to_image": TextToImage, "autoencoder": Autoencoder}
+Method = OneStep | Denoising | TextToImage | Autoencoder
+PERCEPTION = {"one_step": OneStep, "denoising": Denoising}
+"""The methods that train perception models."""
+_METHODS = {**PERCEPTION, "text_to_image": TextToImage, "autoencoder": Autoencoder}
 COMPONENTS = {
     "one_step": ("unet", "vae"),
+    "denoising": ("unet", "vae"),
     "text_to_image": ("unet", "vae", "text_encoder"),
     "autoencoder": ("vae",),
 }
 """The networks each method trains or runs with."""
+
+
+def components_of(method: Mapping[str, Any]) -> tuple[str, ...]:
+    """The networks of a method with these options."""
+    head = ("head",) if method.get("decoder") == "dpt" else ()
+    return (*COMPONENTS.get(method.get("name", ""), ()), *head)
 
 
 def build_method(
@@ -61,7 +72,8 @@ def build_method(
     if name not in COMPONENTS:
         raise UserError(f"the method {name!r} is unknown: use one of {', '.join(COMPONENTS)}.")
     _check_options(name, options)
-    missing = [part for part in COMPONENTS[name] if part not in description.components]
+    components = components_of(description.method)
+    missing = [part for part in components if part not in description.components]
     if missing:
         raise UserError(
             f"the method {name!r} needs {' and '.join(missing)}, which "
@@ -74,20 +86,20 @@ def build_method(
             f"{description.base_checkpoint or 'the checkpoint'} holds an "
             f"{description.components['vae'].CLASS_NAME}: start from another one."
         )
-    model = _networks(description, COMPONENTS[name], dtype=dtype, remat=remat, attention=attention)
+    model = _networks(description, components, dtype=dtype, remat=remat, attention=attention)
     if name == "autoencoder":
         return Autoencoder(model=model, **options)
     options["timesteps"] = TimestepPolicy.parse(options.get("timesteps", "uniform"))
     if name == "text_to_image":
         options["empty_ids"] = tuple(options.get("empty_ids", ()))
         return TextToImage(model=model, **options)
-    if description.task not in TRAINABLE:
-        raise UserError(
-            f"The task {description.task!r} cannot be trained yet: use {', '.join(TRAINABLE)}."
-        )
-    task = dataclasses.replace(
-        get_task(description.task), vertical_gradient=options.pop("vertical_gradient", False)
-    )
+    task = get_task(description.task, **description.task_options)
+    if not task.fields:
+        trainable = ", ".join(known for known in TASKS if TASKS[known].fields)
+        raise UserError(f"The task {description.task!r} cannot be trained yet: use {trainable}.")
+    if name == "denoising":
+        solver = Solver.from_config(description.scheduler)
+        return Denoising(model=model, task=task, solver=solver, **options)
     weights = dict(options.pop("pixel_weights", {}))
     options["pixel_weights"] = tuple(sorted((k, w) for k, w in weights.items() if w))
     return OneStep(model=model, task=task, **options)
@@ -113,13 +125,8 @@ def build_perception(
     """
     if description.recipe:
         recipe = Recipe.of(**description.recipe)
-        model = _networks(
-            description,
-            tuple(description.components),
-            dtype=dtype,
-            attention=attention,
-            features=recipe.head == "dpt",
-        )
+        components = tuple(description.components)
+        model = _networks(description, components, dtype=dtype, attention=attention)
         task = get_task(description.task, **description.task_options)
         solver = recipe.solver(description.scheduler)
         return Perception(model, recipe, solver, task, vae_tile)
@@ -134,7 +141,6 @@ def _networks(
     dtype: Any,
     remat: str = "none",
     attention: str,
-    features: bool = False,
 ) -> LatentModel:
     networks = {
         part: functional(
@@ -142,7 +148,9 @@ def _networks(
             dtype=jnp.dtype(dtype),
             remat=remat,
             attention=attention,
-            head=not (features and part == "unet"),
+            # A head that reads the features stands in the place of the output convolution.
+            head=not (part == "unet" and "head" in components),
+            lora=description.lora_of(part),
         )
         for part in components
     }
@@ -151,9 +159,11 @@ def _networks(
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(_METHODS[name])} - {"model", "task"}
-    if name == "one_step":
-        known.add("vertical_gradient")  # of the task
+    known = {field.name for field in dataclasses.fields(_METHODS[name])} - {
+        "model",
+        "task",
+        "solver",
+    }
     if unknown := sorted(set(options) - known):
         raise UserError(
             f"config.method has the key {unknown[0]!r}, which {name} has not: use "

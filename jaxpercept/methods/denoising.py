@@ -1,7 +1,9 @@
-"""Denoising diffusion of images under a caption: the pre-training of a text-to-image model.
+"""Denoising of the target's latent, beside the image's or blended with it (Marigold, GenPercept).
 
-A part of the examples can be edits instead (after InstructPix2Pix, arXiv 2211.09800, but in one
-deterministic step): given the clear photograph and a caption that tells of fog, paint it in fog.
+Two of the three families that GenPercept compares (arXiv 2403.06090), the third being `one_step`:
+Marigold's, where the target's latent is noised with Gaussian noise and the UNet sees the image's
+latent beside it (arXiv 2312.02145), and RGB blending, where the image's latent itself is the noise.
+With beta = 1 at every timestep the latter is the one-step method.
 """
 
 from __future__ import annotations
@@ -10,123 +12,118 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key
 
-from jaxpercept.diffusion import sampler
-from jaxpercept.diffusion.noise import per_example
-from jaxpercept.diffusion.schedule import GENPERCEPT
+from jaxpercept import losses
+from jaxpercept.diffusion.noise import multi_resolution, per_example
+from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
-from jaxpercept.methods.latent_model import LatentModel, Params
+from jaxpercept.methods.latent_model import LatentModel, Params, empty_prompt
 from jaxpercept.methods.one_step import to_signed
-from jaxpercept.models.vae import decode_latents, encode_mean
+from jaxpercept.methods.perception import Perception
+from jaxpercept.methods.recipe import Recipe
+from jaxpercept.tasks.base import Task
+
+NOISES = ("multi_resolution", "gaussian", "image")
 
 
 @dataclasses.dataclass(frozen=True)
-class TextToImage:
-    """Latent diffusion (Rombach et al., arXiv 2112.10752), the text encoder trained along.
+class Denoising:
+    """The latent loss of a network that removes noise from the target's latent.
 
     Attributes:
-        model: the networks and the schedule whose prediction type the loss follows.
+        model: the networks.
+        task: what the target image means.
+        solver: how predictions step through the noise levels; its schedule is that of the training.
         timesteps: the policy of the training timesteps.
-        empty_ids: token ids of the empty prompt, padded as the captions are.
-        caption_dropout: the share of examples trained without their caption, for classifier-free
-            guidance (Ho and Salimans, arXiv 2207.12598).
-        edit_share: the share of the hazy examples that are learnt as an edit of the clear image.
-        edit_weight: how much the squared error of an edit counts. Most of an edit is a copy, so
-            that its errors are small beside those of removing noise.
+        noise: "multi_resolution" (Marigold's, see `diffusion.noise`), "gaussian", or "image": the
+            image's latent, without a copy of it beside (RGB blending).
+        noise_strength: of the coarser levels of multi-resolution noise.
+        annealed: that strength falls with the timestep, to 0 at t = 0.
+        num_steps: steps of a prediction.
+        output: what is decoded, the last predicted "x0" (GenPercept) or the last "sample"
+            (Marigold).
     """
 
     model: LatentModel
+    task: Task
+    solver: Solver
     timesteps: TimestepPolicy
-    empty_ids: tuple[int, ...]
-    caption_dropout: float = 0.1
-    edit_share: float = 0.0
-    edit_weight: float = 1.0
+    noise: str = "multi_resolution"
+    noise_strength: float = 0.9
+    annealed: bool = True
+    num_steps: int = 10
+    output: str = "x0"
 
-    needs_text = True
+    needs_text = False
 
     @property
     def fields(self) -> tuple[str, ...]:
         """What a batch must hold."""
-        return ("rgb", "input_ids", "index", *(("source",) if self.edit_share else ()))
+        return ("rgb", *self.task.fields, "index")
 
     def __post_init__(self) -> None:
-        self.timesteps.distribution(
-            self.model.schedule.num_train_timesteps
-        )  # raises if it is wrong
-        for name in ("caption_dropout", "edit_share"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name, known in (("noise", NOISES), ("output", ("x0", "sample"))):
+            if getattr(self, name) not in known:
                 raise UserError(
-                    f"config.method.{name} is {getattr(self, name)}: give a share in [0, 1]."
+                    f"config.method.{name} is {getattr(self, name)!r}: use {' or '.join(known)}."
                 )
+        if not 0 <= self.noise_strength <= 1:
+            raise UserError(
+                f"config.method.noise_strength is {self.noise_strength}: give a value in [0, 1]."
+            )
+        if self.task.channels not in (1, 3):
+            raise UserError(f"{self.task.name} has no image to denoise: use the method one_step.")
+        self.timesteps.distribution(self.solver.schedule.num_train_timesteps)  # raises if wrong
+        self.solver.steps(self.num_steps)  # likewise
+        _ = self.perception
+
+    @property
+    def blends(self) -> bool:
+        """Whether the image's latent is the noise."""
+        return self.noise == "image"
 
     def loss(
         self, params: Params, batch: dict[str, Array], key: Array
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """The mean squared error of the network's output over a batch."""
-        schedule = self.model.schedule
-        latent = encode_mean(self.model.vae, params["vae"], to_signed(batch["rgb"]))
-        key_t, key_noise, key_drop, key_edit = jax.random.split(key, 4)
-        index = batch["index"]
+        """The mean squared error of the network's output over the valid latent cells."""
+        schedule, perception, index = self.solver.schedule, self.perception, batch["index"]
+        target = self.task.encode_target(batch)
+        image = perception.encode(params, to_signed(batch["rgb"]))
+        latent = perception.encode(params, target.image)
+        key_t, key_noise = jax.random.split(key)
         timesteps = sample_timesteps(self.timesteps, key_t, index, schedule.num_train_timesteps)
-        noise = per_example(key_noise, index, lambda k: jax.random.normal(k, latent.shape[1:]))
-        drop = per_example(key_drop, index, jax.random.uniform) < self.caption_dropout
-        ids = jnp.where(drop[:, None], jnp.asarray(self.empty_ids)[None], batch["input_ids"])
+        noise = image if self.blends else self._noise(key_noise, index, timesteps, latent.shape[1:])
 
-        text = self.model.text_encoder.bind(params["text_encoder"])(ids)
-        inputs = schedule.add_noise(latent, noise, timesteps)
-        target = schedule.target(latent, noise, timesteps)
-        weight = 1.0
-        if self.edit_share:
-            chosen = per_example(key_edit, index, jax.random.uniform) < self.edit_share
-            edited = chosen & jnp.any(batch["source"] != batch["rgb"], axis=(1, 2, 3))
-            source = encode_mean(self.model.vae, params["vae"], to_signed(batch["source"]))
-            timesteps = jnp.where(edited, schedule.num_train_timesteps - 1, timesteps)
-            # One step at the timestep where a v-prediction is minus the clean latent anyway.
-            edited = edited[:, None, None, None]
-            inputs = jnp.where(edited, source, inputs)
-            target = jnp.where(edited, GENPERCEPT.target(latent, source, timesteps), target)
-            weight = jnp.where(edited, self.edit_weight, 1.0)
-        output = self.model.unet.bind(params["unet"])(inputs, timesteps, text)
-        mse = jnp.mean(weight * jnp.square(output.astype(jnp.float32) - target))
-        return mse, {"mse": mse}
+        x = schedule.add_noise(latent, noise, timesteps)
+        inputs = x if self.blends else jnp.concatenate([image, x], axis=-1)
+        prompt = empty_prompt(params, image.shape[0])
+        output = self.model.unet.bind(params["unet"])(inputs, timesteps, prompt)
+        wanted = schedule.target(latent, noise, timesteps)
+        mask = losses.pool_mask(target.mask, self.model.downscale)
+        mse = losses.mse(output.astype(jnp.float32), wanted, mask)
+        return mse, {"latent_mse": mse}
 
-    def edit(
-        self, params: Params, rgb: UInt8[Array, "b h w 3"], input_ids: Int[Array, "b l"]
-    ) -> Float[Array, "b h w 3"]:
-        """Images changed as the captions say, in [-1, 1], in one step."""
-        source = encode_mean(self.model.vae, params["vae"], to_signed(rgb))
-        text = self.model.text_encoder.bind(params["text_encoder"])(input_ids)
-        timesteps = jnp.full((rgb.shape[0],), self.model.schedule.num_train_timesteps - 1)
-        output = self.model.unet.bind(params["unet"])(source, timesteps, text)
-        latent = GENPERCEPT.to_x0(output.astype(jnp.float32), source, timesteps)
-        return jnp.clip(decode_latents(self.model.vae, params["vae"], latent), -1, 1)
-
-    def sample(
+    def _noise(
         self,
-        params: Params,
-        input_ids: Int[Array, "b l"],
-        key: Array,
-        *,
-        latent_size: tuple[int, int],
-        num_steps: int = 50,
-        guidance: float = 3.0,
-    ) -> Float[Array, "b h w 3"]:
-        """Images in [-1, 1] for captions, by DDIM with classifier-free guidance."""
-        batch = input_ids.shape[0]
-        empty = jnp.broadcast_to(jnp.asarray(self.empty_ids), input_ids.shape)
-        text = self.model.text_encoder.bind(params["text_encoder"])(
-            jnp.concatenate([input_ids, empty])
+        key: Key[Array, ""],
+        index: Int[Array, " b"],
+        timesteps: Int[Array, " b"],
+        shape: tuple[int, ...],
+    ) -> Float[Array, "b i j c"]:
+        if self.noise == "gaussian":
+            return per_example(key, index, lambda k: jax.random.normal(k, shape))
+        total = self.solver.schedule.num_train_timesteps
+        share = timesteps / total if self.annealed else jnp.ones(timesteps.shape)
+        keys = per_example(key, index, lambda k: k)
+        return jax.vmap(lambda k, s: multi_resolution(k, shape, s))(
+            keys, self.noise_strength * share
         )
-        unet = self.model.unet.bind(params["unet"])
 
-        def predict(x: Array, t: Array) -> Array:
-            both = unet(jnp.concatenate([x, x]), jnp.concatenate([t, t]), text)
-            conditional, unconditional = jnp.split(both.astype(jnp.float32), 2)
-            return unconditional + guidance * (conditional - unconditional)
-
-        channels = self.model.vae.config.latent_channels
-        noise = jax.random.normal(key, (batch, *latent_size, channels))
-        _, latent = sampler.sample(sampler.ddim(self.model.schedule, num_steps), predict, noise)
-        return jnp.clip(decode_latents(self.model.vae, params["vae"], latent), -1, 1)
+    @property
+    def perception(self) -> Perception:
+        """How the trained model predicts."""
+        family = "rgb_blending" if self.blends else "marigold"
+        recipe = Recipe.of(family, num_steps=self.num_steps, output=self.output)
+        return Perception(self.model, recipe, self.solver, self.task)

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpercept import losses
+from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.schedule import GENPERCEPT
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
-from jaxpercept.methods.latent_model import LatentModel, Params, empty_prompt
+from jaxpercept.methods.latent_model import LatentModel, Params
 from jaxpercept.methods.perception import Perception
 from jaxpercept.methods.recipe import Recipe
-from jaxpercept.models.vae import decode_latents, encode_mean
-from jaxpercept.tasks.depth import DepthTask
+from jaxpercept.tasks.base import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +38,23 @@ class OneStep:
         inference_timestep: the timestep at prediction (1: one leading DDIM step with offset 1).
         latent_weight: weight of the masked MSE between latents; 0 leaves it out.
         pixel_weights: (name, weight) of each of the task's pixel losses; empty leaves them out.
+        decoder: "vae", or "dpt" for a head that reads the UNet's features, without latents.
     """
 
     model: LatentModel
-    task: DepthTask
+    task: Task
     timesteps: TimestepPolicy
     inference_timestep: int = 1
     latent_weight: float = 1.0
     pixel_weights: tuple[tuple[str, float], ...] = ()
+    decoder: str = "vae"
 
     needs_text = False
-    fields = ("rgb", "depth", "valid", "depth_range", "index")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What a batch must hold."""
+        return ("rgb", *self.task.fields, "index")
 
     def __post_init__(self) -> None:
         unet, vae = self.model.unet.config, self.model.vae.config
@@ -64,43 +71,59 @@ class OneStep:
                 f"config.method.inference_timestep is {self.inference_timestep}: give one of 0 to "
                 f"{total - 1}."
             )
-        for name, _ in self.pixel_weights:
-            if name not in self.task.loss_names:
-                raise UserError(
-                    f"config.method.pixel_weights has {name!r}, which {self.task.name} has not: "
-                    f"use {', '.join(self.task.loss_names)}."
-                )
+        self.task.check_weights(dict(self.pixel_weights))
         if not self.latent_weight and not self.pixel_weights:
             raise UserError("config.method asks for no loss: set latent_weight or pixel_weights.")
+        if self.decoder not in ("vae", "dpt"):
+            raise UserError(f"config.method.decoder is {self.decoder!r}: use vae or dpt.")
+        channels = self.task.head_channels
+        if self.decoder == "dpt":
+            self._check_head()
+        elif channels > 3 or channels == 2:
+            raise UserError(
+                f"the autoencoder gives three channels and {self.task.name} needs {channels}: set "
+                "config.method.decoder to dpt."
+            )
 
-    def _latent(self, params: Params, rgb_latent: Array, timesteps: Array) -> Array:
-        """The predicted latent [b, h, w, c] from the RGB latent [b, h, w, c]."""
-        prompt = empty_prompt(params, rgb_latent.shape[0])
-        output = self.model.unet.bind(params["unet"])(rgb_latent, timesteps, prompt)
-        return GENPERCEPT.to_x0(output.astype(jnp.float32), rgb_latent, timesteps)
+    def _check_head(self) -> None:
+        gives, wanted = self.model.head.config.out_channels, self.task.head_channels
+        if gives != wanted:
+            raise UserError(
+                f"the head gives {gives} channels and {self.task.name} needs {wanted}: correct "
+                "config.architecture.head, or leave it out."
+            )
+        if self.latent_weight:
+            raise UserError(
+                "a DPT head predicts no latent: set config.method.latent_weight to 0 and "
+                "pixel_weights."
+            )
 
     def loss(
         self, params: Params, batch: dict[str, Array], key: Array
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The weighted sum of the losses over a batch, and each of them by name."""
-        rgb = to_signed(batch["rgb"])
-        target, mask = self.task.encode_target(batch)
-        rgb_latent = encode_mean(self.model.vae, params["vae"], rgb)
-        timesteps = sample_timesteps(
-            self.timesteps, key, batch["index"], GENPERCEPT.num_train_timesteps
-        )
-        latent = self._latent(params, rgb_latent, timesteps)
+        perception, index = self.perception, batch["index"]
+        target = self.task.encode_target(batch)
+        image = perception.encode(params, to_signed(batch["rgb"]))
+        key_t, key_pixels = jax.random.split(key)
+        timesteps = sample_timesteps(self.timesteps, key_t, index, GENPERCEPT.num_train_timesteps)
+        if self.decoder == "dpt":
+            decoded = perception.dense(params, image, timesteps)
+        else:
+            latent = perception.one_step(params, image, timesteps)
 
         terms, total = {}, jnp.float32(0)
         if self.latent_weight:
             # x0 = -output, so this is GenPercept's MSE between the output and the v target.
-            target_latent = encode_mean(self.model.vae, params["vae"], target)
-            latent_mask = losses.pool_mask(mask, self.model.downscale)
+            target_latent = perception.encode(params, target.image)
+            latent_mask = losses.pool_mask(target.mask, self.model.downscale)
             terms["latent_mse"] = losses.mse(latent, target_latent, latent_mask)
             total += self.latent_weight * terms["latent_mse"]
         if self.pixel_weights:
-            decoded = decode_latents(self.model.vae, params["vae"], latent).astype(jnp.float32)
-            pixel = self.task.pixel_losses(decoded, target, mask, dict(self.pixel_weights))
+            if self.decoder == "vae":
+                decoded = perception.decode(params, latent)
+            keys = per_example(key_pixels, index, lambda k: k)
+            pixel = self.task.pixel_losses(decoded, target, dict(self.pixel_weights), keys)
             terms |= pixel
             total += sum(pixel.values())
         return total, terms
@@ -108,7 +131,7 @@ class OneStep:
     @property
     def perception(self) -> Perception:
         """How the trained model predicts."""
-        recipe = Recipe.of("genpercept", timesteps=(self.inference_timestep,))
+        recipe = Recipe.of("genpercept", timesteps=(self.inference_timestep,), head=self.decoder)
         return Perception(self.model, recipe, recipe.solver({}), self.task)
 
 

@@ -72,11 +72,12 @@ class Perception:
             key, index: for solvers that draw noise between their steps, see `sampler.sample`.
 
         Returns:
-            Three channels for each target, or one from a DPT head; the latent they were decoded
+            Three channels for each target, or those of a DPT head; the latent they were decoded
             from (with a DPT head, the image's).
         """
         if self.recipe.head == "dpt":
-            return self._dpt(params, image), image
+            timesteps = jnp.full((image.shape[0],), self.recipe.timesteps[0], jnp.int32)
+            return self.dense(params, image, timesteps), image
         latent = self.latent(params, image, noise, num_steps=num_steps, key=key, index=index)
         return self.decode(params, latent), latent
 
@@ -106,6 +107,24 @@ class Perception:
         last, x0 = sample(steps, network, starts[recipe.start], key=key, index=index)
         return x0 if recipe.output == "x0" else last
 
+    def one_step(
+        self, params: Params, image: Float[Array, "b i j c"], timesteps: Int[Array, " b"]
+    ) -> Float[Array, "b i j c"]:
+        """The latent that one pass over the image's latent predicts, at any timesteps."""
+        prompt, options = self._conditions(params, image)
+        output = self.model.unet.bind(params["unet"])(image, timesteps, prompt, **options)
+        return self.solver.schedule.to_x0(output.astype(jnp.float32), image, timesteps)
+
+    def dense(
+        self, params: Params, image: Float[Array, "b i j c"], timesteps: Int[Array, " b"]
+    ) -> Float[Array, "b h w d"]:
+        """A DPT head's map over the UNet's features, of any range, float32, at the image's size."""
+        prompt, _ = self._conditions(params, image)
+        features = self.model.unet.bind(params["unet"]).features(image, timesteps, prompt)
+        decoded = self.model.head.bind(params["head"])(features).astype(jnp.float32)
+        size = tuple(edge * self.model.downscale for edge in image.shape[1:3])
+        return resize(decoded, size, "bilinear")
+
     def decode(self, params: Params, latent: Float[Array, "b i j k"]) -> Float[Array, "b h w d"]:
         """Images of latents, not clamped, float32; those of several targets side by side."""
         channels = self.model.vae.config.latent_channels
@@ -122,15 +141,9 @@ class Perception:
         return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
     def to_prediction(self, decoded: Float[Array, "b h w d"]) -> Float[Array, "b h w c"]:
-        """The task's map of what `predict` decoded, padding cut off.
-
-        A DPT head's values have no range of their own: each image's is brought to [-1, 1] first.
-        (GenPercept takes the range over the whole batch; here no image depends on its neighbours.)
-        """
+        """The task's map of what `predict` decoded, padding cut off."""
         if self.recipe.head == "dpt":
-            low = decoded.min(axis=(1, 2, 3), keepdims=True)
-            span = decoded.max(axis=(1, 2, 3), keepdims=True) - low
-            decoded = (decoded - low) / jnp.maximum(span, 1e-6) * 2 - 1
+            decoded = self.task.from_head(decoded)
         return self.task.to_prediction(decoded)
 
     def _conditions(
@@ -141,12 +154,3 @@ class Perception:
             vector = jnp.asarray(self.recipe.task_vector, jnp.float32)
             options["class_labels"] = jnp.broadcast_to(vector, (batch, vector.size))
         return empty_prompt(params, batch), options
-
-    def _dpt(self, params: Params, image: Array) -> Float[Array, "b h w 1"]:
-        """A DPT head's map over the UNet's features, of any range, at the image's size."""
-        prompt, _ = self._conditions(params, image)
-        timesteps = jnp.full((image.shape[0],), self.recipe.timesteps[0], jnp.int32)
-        features = self.model.unet.bind(params["unet"]).features(image, timesteps, prompt)
-        decoded = self.model.head.bind(params["head"])(features).astype(jnp.float32)
-        size = tuple(edge * self.model.downscale for edge in image.shape[1:3])
-        return resize(decoded, size, "bilinear")

@@ -6,11 +6,18 @@ values per image, [b]; averaging over images is the caller's. Computed in float3
 which agrees with float64 to about 1e-6.
 """
 
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxpercept.errors import UserError
 from jaxpercept.losses import fit_line
+from jaxpercept.metrics.protocol import DeviceProtocol, Record, Row
 from jaxpercept.resize import nearest_index
 
 ALIGNMENTS = ("least_square", "least_square_disparity", "median", "none")
@@ -50,18 +57,32 @@ def evaluate_depth(
       UserError: unknown alignment.
     """
     mask = valid & (target > 0)
-    if alignment == "least_square":
-        depth = align_least_squares(pred, target, mask, alignment_max_res)
-    elif alignment == "least_square_disparity":
-        depth = align_disparity(pred, target, mask, alignment_max_res)
-    elif alignment == "median":
-        depth = align_median(pred, target, mask)
-    elif alignment == "none":
-        depth = pred
-    else:
-        raise UserError(f"Unknown alignment {alignment!r}; choose one of {', '.join(ALIGNMENTS)}.")
+    depth = align(pred, target, mask, alignment, alignment_max_res)
     depth = jnp.maximum(jnp.clip(depth, min_depth, max_depth), _MIN_PREDICTION)
     return depth_metrics(depth, target, mask)
+
+
+def align(
+    pred: Float[Array, "b h w 1"],
+    target: Float[Array, "b h w 1"],
+    mask: Bool[Array, "b h w 1"],
+    alignment: str,
+    max_resolution: int | None = None,
+) -> Float[Array, "b h w 1"]:
+    """The prediction in metres, neither clipped nor masked, by one of `ALIGNMENTS`.
+
+    Raises:
+      UserError: unknown alignment.
+    """
+    if alignment == "least_square":
+        return align_least_squares(pred, target, mask, max_resolution)
+    if alignment == "least_square_disparity":
+        return align_disparity(pred, target, mask, max_resolution)
+    if alignment == "median":
+        return align_median(pred, target, mask)
+    if alignment == "none":
+        return pred
+    raise UserError(f"Unknown alignment {alignment!r}; choose one of {', '.join(ALIGNMENTS)}.")
 
 
 def constant_depth_metrics(
@@ -171,3 +192,66 @@ def _subsample(
     rows = nearest_index(height, int(height * factor), scale=1 / factor)
     columns = nearest_index(width, int(width * factor), scale=1 / factor)
     return x[:, rows][:, :, columns]
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthProtocol(DeviceProtocol):
+    """Evaluation of affine-invariant depth or disparity maps [h, w, 1].
+
+    Attributes:
+      min_depth, max_depth: metres, to which aligned predictions are clipped.
+      alignment: of `ALIGNMENTS`.
+      alignment_max_resolution: as in `evaluate_depth`.
+    """
+
+    min_depth: float
+    max_depth: float
+    alignment: str = "least_square"
+    alignment_max_resolution: int | None = None
+
+    names = METRICS
+    fields = ("depth", "valid")
+
+    def __post_init__(self):
+        if self.alignment not in ALIGNMENTS:
+            raise UserError(
+                f"the alignment {self.alignment!r} is unknown: use {', '.join(ALIGNMENTS)}."
+            )
+
+    def batched(
+        self, prediction: Shaped[Array, "b h w 1"], batch: Mapping[str, Shaped[Array, "b h w 1"]]
+    ) -> dict[str, Shaped[Array, "b"]]:
+        row = evaluate_depth(
+            prediction,
+            batch["depth"],
+            batch["valid"],
+            alignment=self.alignment,
+            min_depth=self.min_depth,
+            max_depth=self.max_depth,
+            alignment_max_res=self.alignment_max_resolution,
+        )
+        return row | {"images": (row["valid_pixels"] > 0).astype(jnp.int32)}
+
+    def trivial(self, record: Record) -> Float[np.ndarray, "h w 1"]:
+        """The mean valid depth everywhere, in metres: the best constant in least squares."""
+        depth, valid = np.asarray(record["depth"]), np.asarray(record["valid"])
+        used = depth[valid & (depth > 0)]
+        return np.full_like(depth, used.mean(dtype=np.float64) if used.size else 0, np.float32)
+
+    def trivial_row(self, record: Record) -> Row:
+        """Its row; it is metric and needs no alignment."""
+        metric = dataclasses.replace(self, alignment="none", alignment_max_resolution=None)
+        return metric.per_image(self.trivial(record), record)
+
+    def aligned(
+        self, prediction: Float[np.ndarray, "h w 1"], record: Record
+    ) -> Float[np.ndarray, "h w 1"]:
+        """One image's prediction in metres, not clipped, for pictures."""
+        maps = (np.asarray(x)[None] for x in (prediction, *(record[f] for f in self.fields)))
+        return np.asarray(_aligned(self, *maps))[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _aligned(protocol: DepthProtocol, prediction, depth, valid):
+    mask = valid & (depth > 0)
+    return align(prediction, depth, mask, protocol.alignment, protocol.alignment_max_resolution)

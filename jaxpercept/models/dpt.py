@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxpercept.models.blocks import Upsample2D
-from jaxpercept.models.config import _TRANSFORMERS_KEYS, _JsonConfig
+from jaxpercept.models.config import _TRANSFORMERS_KEYS, UNetConfig, _JsonConfig
 from jaxpercept.models.layers import Conv2d, DType, Identity
 from jaxpercept.resize import resize
 
@@ -53,6 +53,7 @@ class DPTConfig(_JsonConfig):
     use_bias_in_fusion_residual: bool | None = False
     # Ours: GenPercept's "dpt_head" (relu) and "dpt_head_identity" have the same config.json.
     final_activation: str = "identity"
+    out_channels: int = 1  # ours, too: transformers' head gives depth
 
     CLASS_NAME: ClassVar[str] = "DPTForDepthEstimation"
     FIXED: ClassVar[dict[str, tuple]] = {
@@ -72,6 +73,14 @@ class DPTConfig(_JsonConfig):
             "use_bias_in_fusion_residual": None,
         }
         return super().from_dict({**defaults, **config})
+
+    @classmethod
+    def beside(cls, unet: UNetConfig, out_channels: int) -> "DPTConfig":
+        """The head of a UNet: GenPercept's beside SD's, and as much narrower beside another."""
+        widths = unet.block_out_channels
+        # 256 of 320 channels.
+        fusion = max(2 * round(0.4 * widths[0]), 2)
+        return cls(neck_hidden_sizes=widths, fusion_hidden_size=fusion, out_channels=out_channels)
 
     def __post_init__(self):
         if self.use_bias_in_fusion_residual is None:  # transformers: where there is no batch norm
@@ -169,7 +178,7 @@ class DPTNeck(nnx.Module):
 
 
 class DPTDepthEstimationHead(nnx.Module):
-    """Convolutions down to one channel, the resolution doubled on the way."""
+    """Convolutions down to `out_channels`, the resolution doubled on the way."""
 
     def __init__(self, config: DPTConfig, *, dtype: DType):
         channels = config.fusion_hidden_size
@@ -183,11 +192,11 @@ class DPTDepthEstimationHead(nnx.Module):
                 Identity(),  # in torch, the doubling
                 Conv2d(channels // 2, 32, dtype=dtype),
                 Identity(),  # in torch, a ReLU
-                Conv2d(32, 1, 1, padding=0, dtype=dtype),
+                Conv2d(32, config.out_channels, 1, padding=0, dtype=dtype),
             ]
         )
 
-    def __call__(self, x: Feature) -> Float[Array, "b ho wo 1"]:
+    def __call__(self, x: Feature) -> Float[Array, "b ho wo k"]:
         if self.add_projection:
             x = jax.nn.relu(self.projection(x))
         x = jax.nn.relu(self.head[2](_double(self.head[0](x))))
@@ -196,7 +205,7 @@ class DPTDepthEstimationHead(nnx.Module):
 
 
 class DPTHead(nnx.Module):
-    """The outputs of all up blocks (`UNet2DConditionModel.features`) -> one unbounded channel.
+    """The outputs of all up blocks (`UNet2DConditionModel.features`) -> unbounded channels.
 
     Names: those under `neck` and `head` are confirmed by transformers' classes. That of the
     upsampler in front of the neck is not; `published_tensors` takes any.
@@ -220,7 +229,7 @@ class DPTHead(nnx.Module):
         self.neck = DPTNeck(config, dtype=dtype, remat=remat)
         self.head = DPTDepthEstimationHead(config, dtype=dtype)
 
-    def __call__(self, features: Sequence[Array]) -> Float[Array, "b H W 1"]:
+    def __call__(self, features: Sequence[Array]) -> Float[Array, "b H W k"]:
         """In the compute dtype.
 
         features: one [b, h, w, c] a level, lowest resolution first; the last two of one size, as

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jaxpercept.models.config import (
 )
 from jaxpercept.models.dpt import DPTConfig, DPTHead
 from jaxpercept.models.layers import DType
+from jaxpercept.models.lora import LoraConfig, adapted, initial, is_lora
 
 Config = UNetConfig | VAEConfig | AutoencoderTinyConfig | CLIPTextConfig | DPTConfig
 
@@ -36,7 +37,7 @@ REMATS = ("none", "block")
 class Functional:
     """A module's structure. Equal and hashable by what it was made from; holds no arrays.
 
-    config: the network's config; dtype, remat, attention, head: see `functional`.
+    config: the network's config; dtype, remat, attention, head, lora: see `functional`.
     graphdef: NNX's static description. shapes: {path: jax.ShapeDtypeStruct}, parameters in float32.
     """
 
@@ -45,6 +46,7 @@ class Functional:
     remat: str
     attention: str
     head: bool
+    lora: LoraConfig | None
     graphdef: Any = dataclasses.field(compare=False, repr=False)
     shapes: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(compare=False, repr=False)
 
@@ -55,22 +57,28 @@ class Functional:
         """
         return bind(self.graphdef, self.shapes, params)
 
-    def init(self, key: Key[Array, ""] | int) -> dict[str, Float[np.ndarray, "..."]]:
+    def init(
+        self, key: Key[Array, ""] | int, paths: Collection[str] | None = None
+    ) -> dict[str, Float[np.ndarray, "..."]]:
         """Random parameters as a fresh torch module has them: float32 arrays on the host.
 
         Kernels and biases of convolutions and linear layers: uniform within 1/sqrt(fan_in)
         (kaiming-uniform with a = sqrt(5)); norms: one and zero; embeddings: normal with std 0.02,
-        as CLIP. A parameter depends on the key and on its own path only.
+        as CLIP; LoRA factors: see `lora.initial`. A parameter depends on the key and on its own
+        path only; `paths` are those wanted, all by default.
 
         NumPy draws them, so the values are the same on every backend and mesh, and nothing is
         compiled: XLA takes about a second per random op on a CPU. Not for use under jit.
         """
         seed = [key] if isinstance(key, int) else np.asarray(jax.random.key_data(key)).tolist()
-        return {path: self._init_one(path, seed) for path in self.shapes}
+        wanted = self.shapes if paths is None else paths
+        return {path: self._init_one(path, seed) for path in wanted}
 
     def _init_one(self, path: str, seed: list[int]) -> Float[np.ndarray, "..."]:
         rng = np.random.default_rng([*seed, zlib.crc32(path.encode())])
         shape = self.shapes[path].shape
+        if is_lora(path):
+            return initial(path, shape, rng)
         module, _, leaf = path.rpartition(".")
         if leaf == "scale":
             return np.ones(shape, np.float32)
@@ -90,6 +98,7 @@ def functional(
     remat: str = "none",
     attention: str = "auto",
     head: bool = True,
+    lora: LoraConfig | None = None,
 ) -> Functional:
     """The network of a config, without weights or memory; the config's type picks the class.
 
@@ -97,8 +106,10 @@ def functional(
     remat: "none", or "block" to recompute each block in the backward pass.
     attention: see `attention.dot_product_attention`.
     head: False for a UNet without conv_norm_out and conv_out, whose `features` alone can be called.
+    lora: adds low-rank factors to some layers, as further parameters; see `lora.LoraConfig`.
 
-    Raises ValueError for an unknown remat or attention, and for another network without its head.
+    Raises ValueError for an unknown remat or attention, and for another network without its head;
+    UserError for a LoRA target that is no layer of the network.
     """
     if remat not in REMATS:
         raise ValueError(f"remat {remat!r} is none of {', '.join(REMATS)}")
@@ -106,16 +117,25 @@ def functional(
         raise ValueError(f"attention {attention!r} is none of {', '.join(IMPLEMENTATIONS)}")
     if not head and not isinstance(config, UNetConfig):
         raise ValueError("head=False is for a UNetConfig")
-    return _build(config, jnp.dtype(dtype), remat, attention, head)
+    return _build(config, jnp.dtype(dtype), remat, attention, head, lora)
 
 
 @functools.cache
-def _build(config: Config, dtype: np.dtype, remat: str, attention: str, head: bool) -> Functional:
+def _build(
+    config: Config,
+    dtype: np.dtype,
+    remat: str,
+    attention: str,
+    head: bool,
+    lora: LoraConfig | None,
+) -> Functional:
     options = {"dtype": dtype, "remat": remat, "attention": attention}
     if not head:
         options["head"] = False
     make = functools.partial(_module_class(config), config, **options)
-    return Functional(config, dtype, remat, attention, head, *abstract(make))
+    if lora is not None:
+        make = adapted(make, lora)
+    return Functional(config, dtype, remat, attention, head, lora, *abstract(make))
 
 
 def abstract(make: Callable[[], nnx.Module]) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:

@@ -147,6 +147,8 @@ def per_channel(v: Float[Array, "c"], ndim: int) -> Float[Array, "*ones c"]:
 class Conv2d(nnx.Module):
     """torch.nn.Conv2d, with `padding` an int (both sides) or ((top, bottom), (left, right))."""
 
+    lora_scale: float | None = None  # set where lora.py has added lora_A and lora_B
+
     def __init__(
         self,
         in_channels: int,
@@ -177,11 +179,15 @@ class Conv2d(nnx.Module):
             y = conv2d(x, kernel, stride=self.stride, padding=self.padding)
         if self.use_bias:
             y = y + per_channel(self.bias[...].astype(self.dtype), y.ndim)
+        if self.lora_scale is not None:
+            y = y + self.lora_B(self.lora_scale * self.lora_A(x, upsample_to=upsample_to))
         return y
 
 
 class Linear(nnx.Module):
     """torch.nn.Linear over the last axis; the kernel is stored [in, out]."""
+
+    lora_scale: float | None = None  # set where lora.py has added lora_A and lora_B
 
     def __init__(
         self,
@@ -201,6 +207,9 @@ class Linear(nnx.Module):
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
         if self.use_bias:
             y = y + per_channel(self.bias[...].astype(self.dtype), y.ndim)
+        if self.lora_scale is not None:
+            # Scaled between the two, where it is no pass over arrays of the full width.
+            y = y + self.lora_B(self.lora_scale * self.lora_A(x))
         return y
 
 

@@ -4,16 +4,15 @@ import dataclasses
 from typing import Any
 
 from jaxpercept.errors import UserError
-from jaxpercept.tasks.base import Task
-from jaxpercept.tasks.depth import DepthTask
-from jaxpercept.tasks.maps import (
-    ColoursTask,
-    DichotomousTask,
-    DisparityTask,
-    IntrinsicsTask,
-    MattingTask,
-)
+from jaxpercept.tasks.base import Target, Task
+from jaxpercept.tasks.depth import DepthTask, DisparityTask
+from jaxpercept.tasks.intrinsics import IntrinsicsTask
+from jaxpercept.tasks.masks import DichotomousTask, MattingTask
 from jaxpercept.tasks.normals import NormalsTask
+from jaxpercept.tasks.pose import PoseTask
+from jaxpercept.tasks.segmentation import ColoursTask, SegmentationTask
+
+__all__ = ["TASKS", "Target", "Task", "get_task"]
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -23,15 +22,15 @@ TASKS: dict[str, type[Task]] = {
         NormalsTask,
         DichotomousTask,
         MattingTask,
+        SegmentationTask,
+        PoseTask,
         ColoursTask,
         IntrinsicsTask,
     )
 }
-TRAINABLE = tuple(name for name, task in TASKS.items() if hasattr(task, "encode_target"))
-"""The tasks that have losses."""
 
 
-def get_task(name: str, **options: Any) -> Task:
+def get_task(name: str, /, **options: Any) -> Task:
     """The task of that name.
 
     Args:
@@ -42,7 +41,13 @@ def get_task(name: str, **options: Any) -> Task:
     """
     if name not in TASKS:
         raise UserError(f"Unknown task {name!r}; choose one of: {', '.join(sorted(TASKS))}.")
-    known = {field.name for field in dataclasses.fields(TASKS[name])}
-    if unknown := sorted(set(options) - known):
-        raise UserError(f"The task {name!r} has no option {unknown[0]!r}.")
+    defaults = {field.name: field.default for field in dataclasses.fields(TASKS[name])}
+    for option, value in options.items():
+        if option not in defaults:
+            raise UserError(f"The task {name!r} has no option {option!r}.")
+        kind = type(defaults[option])
+        if not isinstance(value, kind):
+            raise UserError(
+                f"The option {option!r} of the task {name!r} is {value!r}: give a {kind.__name__}."
+            )
     return TASKS[name](**options)

@@ -1,17 +1,40 @@
-"""What every task says about its prediction, whichever model made it."""
+"""What every task says about its prediction, whichever model made it, and about its training."""
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Key, Shaped
+
+from jaxpercept import losses
+from jaxpercept.errors import UserError
+
+
+class Target(NamedTuple):
+    """What a prediction is trained towards.
+
+    Attributes:
+      image: in [-1, 1]: what the autoencoder encodes, and decodes from a right prediction.
+      mask: where it is defined.
+      values: what the decoded prediction is compared with, where that is not the image itself:
+        class numbers, heat maps.
+    """
+
+    image: Float[Array, "b h w 3"]
+    mask: Bool[Array, "b h w 1"]
+    values: Shaped[Array, "b h w c"] | None = None
+
+
+Terms = dict[str, Callable[[], Float[Array, ""]]]
+"""Losses by name, each computed when it is called."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """The meaning of a predicted image.
 
-    Subclasses that can be trained also have `encode_target`, `pixel_losses` and `loss_names`.
+    Tasks that can be trained also define `fields`, `encode_target` and `loss_terms`.
 
     Attributes:
       name: as in configs and `--task`.
@@ -19,22 +42,96 @@ class Task:
       channels: of the prediction: 1 takes the mean of an image's three.
       merge: how several predictions for an image become one: "affine" (each has a scale and a shift
         of its own), "normals" or "average" (a median, pixel by pixel).
+      fields: what a batch must hold beside the image.
+      loss_names: the pixel losses it knows.
+      default_weights: of those that the paper trains with.
     """
 
     name: ClassVar[str]
     kind: ClassVar[str]
     channels: ClassVar[int] = 1
     merge: ClassVar[str] = "average"
+    fields: ClassVar[tuple[str, ...]] = ()
+    loss_names: ClassVar[tuple[str, ...]] = ()
+    default_weights: ClassVar[Mapping[str, float]] = {}
+
+    # ---- training --------------------------------------------------------------------------------
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of a head that reads the UNet's features in the autoencoder's place."""
+        return self.channels
+
+    def encode_target(self, batch: Mapping[str, Array]) -> Target:
+        """The target of a batch that holds `fields`."""
+        raise NotImplementedError(f"{self.name} cannot be trained")
+
+    def loss_terms(
+        self,
+        decoded: Float[Array, "b h w c"],
+        target: Target,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Terms:
+        """The losses of a decoded prediction, by `loss_names`.
+
+        Args:
+          decoded: by the autoencoder (three channels, nominally in [-1, 1], not clamped) or by a
+            head (`head_channels`).
+          target: from `encode_target`.
+          keys: one for each example, for losses that draw pixels at random.
+        """
+        raise NotImplementedError(f"{self.name} cannot be trained")
+
+    def pixel_losses(
+        self,
+        decoded: Float[Array, "b h w c"],
+        target: Target,
+        weights: Mapping[str, float] | None = None,
+        keys: Key[Array, " b"] | None = None,
+    ) -> dict[str, Float[Array, ""]]:
+        """Weighted loss terms by name; their sum is the pixel loss.
+
+        Args:
+          decoded, target, keys: as for `loss_terms`.
+          weights: by name, of `loss_names`; `default_weights` if None.
+
+        Raises:
+          UserError: a weight is given for a loss that this task does not have.
+        """
+        weights = self.default_weights if weights is None else weights
+        self.check_weights(weights)
+        terms = self.loss_terms(decoded, target, keys)
+        return {name: weight * terms[name]() for name, weight in weights.items()}
+
+    def check_weights(self, weights: Mapping[str, float]) -> None:
+        """Raises a UserError where a loss is named that this task does not have."""
+        if unknown := sorted(set(weights) - set(self.loss_names)):
+            raise UserError(
+                f"config.method.pixel_weights has {unknown[0]!r}, which {self.name} has not: use "
+                f"{', '.join(self.loss_names)}."
+            )
+
+    # ---- prediction ------------------------------------------------------------------------------
 
     def to_prediction(self, decoded: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """The decoded image, not clamped, as a map in [0, 1]."""
+        return (jnp.clip(self.to_map(decoded), -1, 1) + 1) / 2
+
+    def to_map(self, decoded: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """In float32 with the prediction's channels, not clamped."""
         decoded = decoded.astype(jnp.float32)
-        if self.channels == 1:
-            decoded = decoded.mean(axis=-1, keepdims=True)
-        return (jnp.clip(decoded, -1, 1) + 1) / 2
+        return decoded.mean(axis=-1, keepdims=True) if self.channels == 1 else decoded
+
+    def from_head(self, decoded: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """A head's map as `to_prediction` takes it."""
+        return decoded
 
     def after_resize(self, prediction: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """What resizing has spoilt, put right."""
+        return prediction
+
+    def finish(self, prediction: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """What is handed out of the map in its last size."""
         return prediction
 
     def mirror(self, prediction: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -54,12 +151,52 @@ class AffineTask(Task):
     Attributes:
       scale_invariant, shift_invariant: whether each prediction has a scale and a shift of its own,
         which ensembles then align.
+      vertical_gradient: reproduce GenPercept's gradient loss as released, which compares rows only.
     """
 
     scale_invariant: bool = True
     shift_invariant: bool = True
+    vertical_gradient: bool = False
 
     merge: ClassVar[str] = "affine"
+    loss_names: ClassVar[tuple[str, ...]] = (
+        *("mse", "l1", "ssi", "ssi_median", "grad", "grad_multiscale", "vnl"),
+        *("hdn_random", "hdsn_random"),
+    )
+    # GenPercept's main runs, of depth and of disparity.
+    default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0, "ssi": 0.5, "grad": 2.0}
+
+    def from_head(self, decoded: Float[Array, "b h w 1"]) -> Float[Array, "b h w 1"]:
+        """Each image's map, which has no range of its own, stretched to [-1, 1].
+
+        GenPercept takes the range over the whole batch; here no image depends on its neighbours.
+        """
+        low = decoded.min(axis=(1, 2, 3), keepdims=True)
+        span = decoded.max(axis=(1, 2, 3), keepdims=True) - low
+        return (decoded - low) / jnp.maximum(span, 1e-6) * 2 - 1
+
+    def loss_terms(
+        self,
+        decoded: Float[Array, "b h w c"],
+        target: Target,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Terms:
+        """Of the map's one channel, not clamped, as GenPercept has them."""
+        pred, truth = self.to_map(decoded), target.image[..., :1].astype(jnp.float32)
+        mask = target.mask
+        return {
+            "mse": lambda: losses.mse(pred, truth, mask),
+            "l1": lambda: losses.l1(pred, truth, mask),
+            # In [1, 3] as GenPercept has them. The shift cancels in the least-squares fit, but the
+            # median alignment of inverted predictions divides by a median that must be positive.
+            "ssi": lambda: losses.ssi(pred + 2, truth + 2, mask),
+            "ssi_median": lambda: losses.ssi_median(pred, truth, mask),
+            "grad": lambda: losses.gradient(pred, truth, mask, self.vertical_gradient),
+            "grad_multiscale": lambda: losses.gradient(pred, truth, mask, scales=4),
+            "vnl": lambda: losses.vnl(pred + 2, truth + 2, mask, keys),
+            "hdn_random": lambda: losses.hdn_random(pred, truth, mask, keys),
+            "hdsn_random": lambda: losses.hdsn_random(pred, truth, mask, keys),
+        }
 
     @property
     def merge_options(self) -> dict[str, Any]:

@@ -1,91 +1,82 @@
-"""Affine-invariant depth: the target image, its losses and its prediction (near −1, far +1)."""
+"""Affine-invariant depth and disparity: target images from metres, and back."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from jaxpercept import losses
-from jaxpercept.errors import UserError
-from jaxpercept.tasks.base import AffineTask
+from jaxpercept.tasks.base import AffineTask, Target
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthTask(AffineTask):
-    """Depth up to scale and shift, as GenPercept and Marigold train it.
-
-    Attributes:
-      vertical_gradient: reproduce GenPercept's gradient loss as released, which compares rows only.
-    """
-
-    vertical_gradient: bool = False
+    """Depth up to scale and shift, as GenPercept and Marigold train it: near -1, far +1."""
 
     name: ClassVar[str] = "depth"
     kind: ClassVar[str] = "affine_depth"
-    loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1", "ssi", "grad")
-    # GenPercept's main depth runs.
-    default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0, "ssi": 0.5, "grad": 2.0}
+    fields: ClassVar[tuple[str, ...]] = ("depth", "valid", "depth_range")
 
-    def encode_target(
-        self, batch: Mapping[str, Array]
-    ) -> tuple[Float[Array, "b h w 3"], Bool[Array, "b h w 1"]]:
-        """The training image and where it is defined.
+    def encode_target(self, batch: Mapping[str, Array]) -> Target:
+        """d' = clip(2 (d − q02) / (q98 − q02) − 1, −1, 1), repeated to three channels.
 
-        d' = clip(2 (d − q02) / (q98 − q02) − 1, −1, 1), repeated to three channels, with the 2 %
-        and 98 % quantiles of valid depth (`src/util/depth_transform.py`, Marigold and GenPercept).
+        q02 and q98 are the 2 % and 98 % quantiles of the valid depth
+        [`src/util/depth_transform.py`, Marigold and GenPercept].
 
         Args:
           batch: `depth` [b,h,w,1] metres, `valid` [b,h,w,1], `depth_range` [b,2] = (q02, q98).
 
         Returns:
-          target in [−1, 1] and its mask. Constant depth (q02 = q98) has no affine-invariant
-          content: its target is 0 and its mask empty. The target is finite everywhere.
+          Constant depth (q02 = q98) has no affine-invariant content: its target is 0 and its mask
+          empty. The target is finite everywhere.
         """
-        depth = batch["depth"].astype(jnp.float32)
-        near, far = batch["depth_range"].astype(jnp.float32).T[:, :, None, None, None]
-        usable = far > near  # False for NaN as well.
-        span = jnp.where(usable, far - near, 1)
-        scaled = jnp.clip((depth - jnp.where(usable, near, 0)) / span * 2 - 1, -1, 1)
-        target = jnp.where(usable & jnp.isfinite(depth), scaled, 0)
-        return jnp.repeat(target, 3, axis=-1), batch["valid"] & usable
+        return _between(batch["depth"], batch["depth_range"], batch["valid"])
 
-    def decode(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-        """Mean of a decoded image's channels, float32, not clamped."""
-        return image.astype(jnp.float32).mean(axis=-1, keepdims=True)
 
-    def pixel_losses(
-        self,
-        decoded: Float[Array, "b h w c"],
-        target: Float[Array, "b h w 3"],
-        mask: Bool[Array, "b h w 1"],
-        weights: Mapping[str, float] | None = None,
-    ) -> dict[str, Float[Array, ""]]:
-        """Weighted loss terms by name; their sum is the pixel loss.
+@dataclasses.dataclass(frozen=True)
+class DisparityTask(AffineTask):
+    """Inverse depth up to scale and shift: far -1, near +1.
+
+    Attributes:
+      min_max: reproduce GenPercept's normalisation as released, between the least and the largest
+        disparity, where a single near pixel decides. By default the range is that of the depth's
+        quantiles, as Lotus has it ("trunc_disparity").
+    """
+
+    min_max: bool = False
+
+    name: ClassVar[str] = "disparity"
+    kind: ClassVar[str] = "affine_disparity"
+    fields: ClassVar[tuple[str, ...]] = ("depth", "valid", "disparity_range")
+
+    def encode_target(self, batch: Mapping[str, Array]) -> Target:
+        """u = clip(2 (1/d − low) / (high − low) − 1, −1, 1), repeated to three channels.
+
+        low and high are 1/q98 and 1/q02 [Lotus `utils/hypersim_dataset.py`], or with `min_max` the
+        least and the largest 1/d [`src/util/depth_transform.py`, GenPercept: the quantiles there
+        cancel out]. Invalid pixels are −1, as far as anything.
 
         Args:
-          decoded: image from the VAE decoder (or a one-channel map), nominally in [−1, 1].
-          target, mask: from `encode_target`.
-          weights: by loss name, of `loss_names`; `default_weights` if None.
-
-        Raises:
-          UserError: a weight is given for a loss that this task does not have.
+          batch: `depth` [b,h,w,1] metres, `valid` [b,h,w,1], `disparity_range` [b,4] in 1/metres,
+            see `data.transforms.disparity_range`.
         """
-        weights = self.default_weights if weights is None else weights
-        if unknown := sorted(set(weights) - set(self.loss_names)):
-            known = ", ".join(self.loss_names)
-            raise UserError(f"The depth task has no loss {unknown[0]!r}; choose from {known}.")
-        pred, truth = self.decode(decoded), target[..., :1].astype(jnp.float32)
-        terms = {
-            "mse": lambda: losses.mse(pred, truth, mask),
-            "l1": lambda: losses.l1(pred, truth, mask),
-            # In [1, 3] as GenPercept has them. The shift cancels in the least-squares fit, but the
-            # median alignment of inverted predictions divides by a median that must be positive.
-            "ssi": lambda: losses.ssi(pred + 2, truth + 2, mask),
-            "grad": lambda: losses.gradient(pred, truth, mask, self.vertical_gradient),
-        }
-        return {name: weight * terms[name]() for name, weight in weights.items()}
+        depth, valid = batch["depth"].astype(jnp.float32), batch["valid"]
+        usable = valid & (depth > 0)
+        disparity = jnp.where(usable, 1 / jnp.where(usable, depth, 1), 0)
+        limits = batch["disparity_range"]
+        return _between(disparity, limits[:, 2:] if self.min_max else limits[:, :2], usable)
+
+
+def _between(values: Float[Array, "b h w 1"], limits: Float[Array, "b 2"], valid: Array) -> Target:
+    """Values between the limits as a grey image in [-1, 1]."""
+    values = values.astype(jnp.float32)
+    low, high = limits.astype(jnp.float32).T[:, :, None, None, None]
+    usable = high > low  # False for NaN as well.
+    span = jnp.where(usable, high - low, 1)
+    scaled = jnp.clip((values - jnp.where(usable, low, 0)) / span * 2 - 1, -1, 1)
+    image = jnp.where(usable & jnp.isfinite(values), scaled, 0)
+    return Target(jnp.repeat(image, 3, axis=-1), valid & usable)
 
 
 DEPTH = DepthTask()

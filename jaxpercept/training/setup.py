@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +18,15 @@ from jaxtyping import Int32
 from jaxpercept.checkpoints.description import Description, architectures
 from jaxpercept.checkpoints.load import describe, load_model
 from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize
+from jaxpercept.checkpoints.widen import widen_conv_in
 from jaxpercept.config import check_resolution
 from jaxpercept.errors import UserError
-from jaxpercept.methods import COMPONENTS, Method, build_method
+from jaxpercept.methods import PERCEPTION, Method, build_method, components_of
+from jaxpercept.models.config import UNetConfig, VAEConfig
+from jaxpercept.models.dpt import DPTConfig
 from jaxpercept.models.functional import functional
+from jaxpercept.models.lora import LoraConfig, is_lora
+from jaxpercept.tasks import get_task
 from jaxpercept.training.optim import Params, split_params
 
 Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "n l"]]
@@ -44,27 +50,35 @@ def set_up(config: Any) -> Setup:
     base = Description(components={}, scheduler={})
     if config.checkpoint:
         base = describe(config.checkpoint, components=_from_checkpoint(config))
-    components = {**base.components, **architectures(plain(config.architecture))}
-    for component in config.random_init:
-        if component not in components:
-            raise UserError(
-                f"config.random_init names {component!r}, which has no architecture: describe it "
-                "in config.architecture."
-            )
     name = config.method.name
     options, tokenizer = plain(config.method), None
+    task_options = plain(config.task_options) if name in PERCEPTION else {}
+    components = {**base.components, **architectures(plain(config.architecture))}
+    if options.get("decoder") == "dpt" and "head" not in components and "unet" in components:
+        task = get_task(config.task, **task_options)
+        components["head"] = DPTConfig.beside(components["unet"], task.head_channels)
+    if name == "denoising" and options.get("noise") != "image" and {"unet", "vae"} <= {*components}:
+        components["unet"] = _beside_the_image(components["unet"], components["vae"])
+    for expression in config.random_init:
+        if expression.partition("/")[0] not in components:
+            raise UserError(
+                f"config.random_init names {expression!r}, which has no architecture: describe it "
+                "in config.architecture."
+            )
     if name == "text_to_image" and "text_encoder" in components:
         length = components["text_encoder"].max_position_embeddings
         tokenizer = functools.partial(tokenize, load_tokenizer(config.tokenizer), max_length=length)
         options["empty_ids"] = tokenizer([""])[0].tolist()
     description = Description(
-        components={part: components[part] for part in COMPONENTS[name] if part in components},
-        scheduler=plain(config.scheduler) or base.scheduler,
+        components={p: components[p] for p in components_of(options) if p in components},
+        scheduler={**base.scheduler, **plain(config.scheduler)},
         method=options,
-        task=config.task if name == "one_step" else "",
+        task=config.task if name in PERCEPTION else "",
+        task_options=task_options,
         resolution=tuple(config.resolution),
         base_checkpoint=config.checkpoint,
         config=plain(config),
+        lora=_lora(config),
     )
     method = build_method(
         description, dtype=config.compute_dtype, remat=config.remat, attention=config.attention
@@ -81,13 +95,24 @@ def initial_weights(config: Any, setup: Setup) -> tuple[Params, Params]:
     """
     params: Params = {}
     if config.checkpoint:
-        params = load_model(config.checkpoint, components=_from_checkpoint(config))[1]
-    for component in config.random_init:
-        # The component's name goes into the seed, so that two components do not share weights.
-        seed = zlib.crc32(f"{config.seed}/{component}".encode())
-        params[component] = functional(setup.description.components[component]).init(seed)
+        params = _given_weights(config)
+    for expression in config.random_init:
+        _randomise(params, expression, setup, config.seed)
+    wider = setup.description.components.get("unet")
+    if wider is not None and "unet" in params:
+        given = params["unet"]["conv_in.kernel"].shape[2]
+        if wider.in_channels == 2 * given:  # the image's latent comes beside the target's
+            params["unet"] = widen_conv_in(params["unet"])
+    if setup.description.lora:
+        network = setup.method.model.unet
+        added = [path for path in network.shapes if is_lora(path)]
+        seed = zlib.crc32(f"{config.seed}/lora".encode())
+        params["unet"] = params["unet"] | network.init(seed, added)
+    if "head" in params:  # it reads the features that the output convolution would
+        network = setup.method.model.unet
+        params["unet"] = {path: params["unet"][path] for path in network.shapes}
     needed = list(setup.description.components)
-    if config.method.name == "one_step":
+    if config.method.name in PERCEPTION:
         if "prompt" not in params:
             raise UserError(
                 f"{config.checkpoint} has no text encoder to encode the empty prompt with: start "
@@ -112,8 +137,54 @@ def _from_checkpoint(config: Any) -> list[str]:
     """The components to read from the checkpoint."""
     name = config.method.name
     # GenPercept needs the text encoder once, for the empty prompt; load_model encodes it.
-    wanted = {*COMPONENTS[name], *(("text_encoder",) if name == "one_step" else ())}
-    return sorted(wanted - (set(config.random_init) & set(config.architecture)))
+    wanted = {*components_of(plain(config.method))}
+    wanted |= {"text_encoder"} if name in PERCEPTION else set()
+    unneeded = set(config.random_init) & {*config.architecture, "head"}
+    return sorted(wanted - unneeded)
+
+
+def _given_weights(config: Any) -> Params:
+    """Those of the checkpoint, and the encoded prompt."""
+    description, params = load_model(
+        config.checkpoint, components=_from_checkpoint(config), prompt=config.prompt
+    )
+    if config.prompt and "text_encoder" not in description.components:
+        raise UserError(
+            f"{config.checkpoint} has no text encoder for config.prompt: start from a complete "
+            "text-to-image checkpoint."
+        )
+    return params
+
+
+def _lora(config: Any) -> dict[str, Any]:
+    """The description's `lora`; alpha is the rank unless given, as in GenPercept."""
+    if not config.lora.rank:
+        return {}
+    options = plain(config.lora)
+    return LoraConfig.from_dict({**options, "alpha": options["alpha"] or options["rank"]}).to_dict()
+
+
+def _beside_the_image(unet: UNetConfig, vae: VAEConfig) -> UNetConfig:
+    """With input channels for the image's latent, too, if it has none."""
+    if unet.in_channels != vae.latent_channels:
+        return unet
+    return dataclasses.replace(unet, in_channels=2 * vae.latent_channels)
+
+
+def _randomise(params: Params, expression: str, setup: Setup, seed: int) -> None:
+    """Give the weights whose names match, of a component or of a part of it, random values."""
+    component = expression.partition("/")[0]
+    # The component's name goes into the seed, so that two components do not share weights.
+    seed = zlib.crc32(f"{seed}/{component}".encode())
+    drawn = functional(setup.description.components[component]).init(seed)
+    if "/" in expression:
+        drawn = {p: w for p, w in drawn.items() if re.match(expression, f"{component}/{p}")}
+    if not drawn:
+        raise UserError(
+            f"config.random_init {expression!r} matches no weight: weights are named like "
+            "'vae/decoder.conv_in.kernel'."
+        )
+    params[component] = {**params.get(component, {}), **drawn}
 
 
 def _cast(params: Params, dtype: str) -> Params:

@@ -12,32 +12,39 @@ Conventions
   (Marigold's convention in diffusers).
 - instance 0 is the room itself and its openings; instance k > 0 is one object.
 - classes holds numbers into `CLASSES`.
+
+Subjects
+A scene can be about one thing in its foreground; caption and phrases then name it first.
+- "object": an intricate object; alpha is its mask, 0 or 1.
+- "matte": hair, glass, smoke, gauze or an intricate object; alpha is its opacity, and the picture
+  is alpha F + (1 - alpha) B. depth, normals, instance and classes are the subject's where alpha is
+  at least a half. trimap is 0 (background), 128 (unknown) or 255 (foreground).
+- "person": a person who stands, walks or sits. keypoints are COCO's 17 (`KEYPOINTS`; left is the
+  person's own): x, y in pixels, the middle of the first pixel at 0.5, and 0 outside of the picture
+  (x = y = 0), 1 hidden or 2 visible. box is (left, top, right, bottom) of what is seen of them.
 """
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxpercept.data.scenes.builder import CLASS, CLASSES, Parts
+from jaxpercept.data.scenes.builder import CLASSES
+from jaxpercept.data.scenes.casting import cast, class_table, view_of
+from jaxpercept.data.scenes.figure import KEYPOINTS
+from jaxpercept.data.scenes.keypoints import bounding_box, project
 from jaxpercept.data.scenes.language import caption, phrases, sights
 from jaxpercept.data.scenes.layout import FurnishedRoom
+from jaxpercept.data.scenes.matting import composite, trimap
 from jaxpercept.data.scenes.palette import Draws
 from jaxpercept.data.scenes.plain import PlainRoom
-from jaxpercept.data.scenes.plan import Camera, Layout
-from jaxpercept.data.scenes.raster import (
-    FACES,
-    Bounds,
-    Buffers,
-    Solids,
-    View,
-    bound,
-    to_camera,
-)
-from jaxpercept.data.scenes.shading import develop, shade, surfels
+from jaxpercept.data.scenes.plan import Layout
+from jaxpercept.data.scenes.raster import FACES, to_camera
+from jaxpercept.data.scenes.shading import develop, expose, shade, surfels
+from jaxpercept.data.scenes.staging import SUBJECTS, StagedFurnishedRoom, StagedPlainRoom
 from jaxpercept.errors import UserError
 
-__all__ = ["CLASSES", "Scene", "SceneSource", "render"]
+__all__ = ["CLASSES", "KEYPOINTS", "SUBJECTS", "Scene", "SceneSource", "render"]
 
 
 class Scene(TypedDict):
@@ -53,83 +60,88 @@ class Scene(TypedDict):
     phrases: list[tuple[str, int]]
     intrinsics: Float[np.ndarray, " 4"]
     index: int
+    alpha: NotRequired[Float[np.ndarray, "h w 1"]]
+    trimap: NotRequired[UInt8[np.ndarray, "h w 1"]]
+    keypoints: NotRequired[Float[np.ndarray, "17 3"]]
+    box: NotRequired[Float[np.ndarray, " 4"]]
 
 
-def _view(camera: Camera, height: int, width: int) -> View:
-    focal = camera.focal * width
-    cx, cy = (0.5 + camera.shift[0]) * width, 0.5 * height + camera.shift[1] * width
-    u = ((np.arange(width) + 0.5 - cx) / focal).astype(np.float32)
-    v = ((cy - 0.5 - np.arange(height)) / focal).astype(np.float32)
-    rotation = np.array([camera.right, camera.up, camera.forward])
-    return View(np.array(camera.position), rotation, u, v, (focal, focal), (cx, cy))
-
-
-def _cast(parts: Parts, solids: Solids, view: View, layout: Layout) -> Buffers:
-    bounds = bound(solids, view)
-    buffers = Buffers(view)
-    inward = parts.inward
-    buffers.room(bounds, 0)
-    if inward > 1:
-        part = Bounds(*(column[1:inward] for column in bounds))
-        buffers.recesses(part, 1, layout.recess_walls)
-    outward = Bounds(*(column[inward:] for column in bounds))
-    buffers.solids(outward, Solids(*(column[inward:] for column in solids)), inward)
-    return buffers
-
-
-def _class_table(parts: Parts, layout: Layout) -> Int[np.ndarray, " faces"]:
-    """The class of every face: the object's, or wall, floor or ceiling for the room."""
-    kinds = [CLASS["wall"]] + [CLASS[thing.kind] for thing in layout.builder.things]
-    table = np.repeat(np.array(kinds, np.int32)[parts.instance][:, None], FACES, axis=1)
-    for number in range(parts.inward):
-        if parts.instance[number] == 0:
-            table[number, 2], table[number, 3] = CLASS["floor"], CLASS["ceiling"]
-    return table.ravel()
-
-
-def compose(draws: Draws, *, furnished: bool) -> Layout:
+def compose(draws: Draws, *, furnished: bool = False, subject: str = "") -> Layout:
     """A whole scene before it is rendered, drawn from `draws`."""
+    if subject:
+        staged = StagedFurnishedRoom if furnished else StagedPlainRoom
+        return staged(draws, subject).compose()
     return (FurnishedRoom if furnished else PlainRoom)(draws).compose()
 
 
+def _check_subject(subject: str) -> None:
+    if subject and subject not in SUBJECTS:
+        raise UserError(
+            f"scenes have no subject {subject!r}: use {', '.join(SUBJECTS)}, or '' for none."
+        )
+
+
 def render(
-    index: int, *, height: int = 96, width: int = 128, seed: int = 0, furnished: bool = False
+    index: int,
+    *,
+    height: int = 96,
+    width: int = 128,
+    seed: int = 0,
+    furnished: bool = False,
+    subject: str = "",
 ) -> Scene:
     """Scene `index` of the stream `seed`; the size changes the sampling, not the scene.
 
     Raises:
-        UserError: for a negative index or seed, or a picture smaller than 8 x 8.
+        UserError: for a negative index or seed, a picture smaller than 8 x 8, or an unknown
+            subject.
     """
     if index < 0 or seed < 0:
         raise UserError(f"scene index {index} and seed {seed} must not be negative.")
     if height < 8 or width < 8:
         raise UserError(f"scene size {height}x{width} is too small: use at least 8x8.")
+    _check_subject(subject)
     draws = Draws(seed, index)
-    layout = compose(draws, furnished=furnished)
+    layout = compose(draws, furnished=furnished, subject=subject)
     parts = layout.builder.finish(1 + len(layout.recess_walls))
-    view = _view(layout.camera, height, width)
+    view = view_of(layout.camera, height, width)
     solids = to_camera(parts.solids, view)
+    truth: dict[str, np.ndarray] = {}
     with np.errstate(invalid="ignore"):  # rays that miss a quadric have no root
-        buffers = _cast(parts, solids, view, layout)
-        s = surfels(buffers, solids, parts.inward)
-        radiance = shade(s, view, parts, solids, layout)
-    rgb = develop(radiance, view, draws)
+        if subject == "matte":
+            matte = composite(layout, parts, solids, view, draws)
+            s, rgb = matte.seen, matte.rgb
+            truth = {"alpha": matte.alpha, "trimap": trimap(matte.alpha)}
+        else:
+            s = surfels(cast(parts, solids, view, layout), solids, parts.inward)
+            radiance = shade(s, view, parts, solids, layout)
+            rgb = develop(radiance, view, expose(radiance, draws))
 
     instance = np.repeat(parts.instance, FACES).take(s.face).reshape(height, width)
     depth = s.z.reshape(height, width, 1)
     normals = np.stack([s.nx, s.ny, -s.nz], axis=-1).reshape(height, width, 3)
-    seen = sights(layout.builder.things, instance, depth)
+    seen, main = sights(layout.builder.things, instance, depth), layout.subject
+    if main:
+        seen.sort(key=lambda sight: sight.id != main.instance)
+        if subject == "object":
+            truth = {"alpha": (instance == main.instance)[:, :, None].astype(np.float32)}
+        elif subject == "person":
+            truth = {
+                "keypoints": project(main.joints, view, depth),
+                "box": bounding_box(instance, main.instance),
+            }
     return Scene(
         rgb=rgb,
         depth=depth,
         valid=np.ones((height, width, 1), bool),
         normals=normals,
         instance=instance,
-        classes=_class_table(parts, layout).take(s.face).reshape(height, width),
+        classes=class_table(parts, layout).take(s.face).reshape(height, width),
         caption=caption(layout.kind, seen, layout.wall_word, layout.floor_word, draws),
         phrases=phrases(seen),
         intrinsics=np.array([*view.focal, *view.centre], np.float32),
         index=index,
+        **truth,
     )
 
 
@@ -145,11 +157,16 @@ class SceneSource:
         height: int = 96,
         width: int = 128,
         furnished: bool = False,
+        subject: str = "",
     ):
         if size < 1 or start < 0:
             raise UserError(f"scene source needs size >= 1 and start >= 0, not {size}, {start}.")
+        _check_subject(subject)
         self.size, self.start = size, start
-        self.options = {"height": height, "width": width, "seed": seed, "furnished": furnished}
+        self.options = {
+            "height": height, "width": width, "seed": seed, "furnished": furnished,
+            "subject": subject,
+        }  # fmt: skip
 
     def __len__(self) -> int:
         return self.size
@@ -160,5 +177,5 @@ class SceneSource:
         return render(self.start + record, **self.options)
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"SceneSource(size={self.size}, start={self.start}, {options})"

@@ -13,7 +13,8 @@ CLASSES = (
     "shelf", "counter", "fridge", "oven", "lamp", "television", "monitor", "box", "ball",
     "cylinder", "cone", "vase", "plant", "book", "cup", "bottle", "bowl", "bag", "bin", "stool",
     "pillow", "rug", "picture", "mirror", "window", "door", "curtain", "clock", "toilet", "sink",
-    "bathtub", "radiator", "doorway",
+    "bathtub", "radiator", "doorway", "person", "wheel", "bicycle", "ladder", "fence", "cage",
+    "rack", "easel", "fan", "stand", "broom",
 )  # fmt: skip
 CLASS = {name: number for number, name in enumerate(CLASSES)}
 

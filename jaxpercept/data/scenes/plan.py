@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Float
+
 from jaxpercept.data.scenes.builder import Builder
 from jaxpercept.data.scenes.palette import Number
 
@@ -47,6 +50,32 @@ class Light(NamedTuple):
     falloff: float  # metres at which inverse-square falloff begins
 
 
+class Strands(NamedTuple):
+    """n hairs or blades: quadratic curves in world coordinates that taper towards their tip."""
+
+    root: Float[np.ndarray, "n 3"]
+    bend: Float[np.ndarray, "n 3"]  # the middle control point
+    tip: Float[np.ndarray, "n 3"]
+    radius: Float[np.ndarray, " n"]  # at the root, metres
+
+
+class Matter(NamedTuple):
+    """How a matte's subject is made; its solids are the last ones of the scene."""
+
+    first: int  # number of its first solid
+    shells: int  # so many of them only colour the strands
+    soft: list[tuple[str, float]]  # then so many let light through: how, and how opaque
+    strands: Strands
+
+
+class Subject(NamedTuple):
+    """What a picture is about."""
+
+    instance: int
+    joints: Float[np.ndarray, "17 4"] | None = None  # x, y, z in the world; reach to the skin
+    matter: Matter | None = None
+
+
 class Layout(NamedTuple):
     """A scene before it is rendered."""
 
@@ -60,3 +89,4 @@ class Layout(NamedTuple):
     recess_light: list[float]  # how bright each recess is within
     wall_word: str
     floor_word: str
+    subject: Subject | None = None

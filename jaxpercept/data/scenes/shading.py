@@ -327,11 +327,19 @@ def shade(
     return radiance
 
 
-def develop(
-    radiance: Float[np.ndarray, "3 n"], view: View, draws: Draws
-) -> UInt8[np.ndarray, "h w 3"]:
-    """The camera: exposure, white balance, vignetting, blur, tone curve, noise, 8 bits."""
-    height, width = len(view.v), len(view.u)
+class Exposure(NamedTuple):
+    """How the camera makes a picture of light."""
+
+    gains: tuple[float, float, float]
+    fall: float  # vignetting
+    blur: float
+    curve: tuple[int, int]
+    grain: tuple[int, int]  # where the noise is read
+    level: float
+
+
+def expose(radiance: Float[np.ndarray, "3 n"], draws: Draws) -> Exposure:
+    """Exposure for this light, and everything else drawn."""
     # Means by integer sums: the order of float sums could differ between machines.
     green = radiance[1, ::3]
     steps = np.minimum(green * f32(1024.0), f32(8192.0)).astype(np.int32)
@@ -339,21 +347,35 @@ def develop(
     mean = int(np.minimum(steps, int(2.0 * mean)).sum()) / steps.size + 1.0
     exposure = draws.between(0.1, 0.4) * 1024.0 / mean
     warm = draws.between(-0.12, 0.2)
-    gains = (exposure * (1.0 + warm), exposure, exposure * (1.0 - warm))
-    fall = f32(draws.between(0.0, 0.35))
+    return Exposure(
+        (exposure * (1.0 + warm), exposure, exposure * (1.0 - warm)),
+        draws.between(0.0, 0.35),
+        draws.between(0.12, 0.25),
+        (draws.whole(0, 6), draws.whole(0, 6)),
+        (draws.whole(0, 511), draws.whole(0, 511)),
+        draws.between(0.3, 4.0),
+    )
+
+
+def develop(
+    radiance: Float[np.ndarray, "3 n"], view: View, exposure: Exposure
+) -> UInt8[np.ndarray, "h w 3"]:
+    """White balance, vignetting, blur, tone curve, noise, 8 bits."""
+    height, width = len(view.v), len(view.u)
+    fall = f32(exposure.fall)
     vignette = f32(1.0) - fall * (view.u * view.u + (view.v * view.v)[:, None])
     image = radiance.reshape(3, height, width)
-    gains = np.array([4096.0 * gain for gain in gains], f32)[:, None, None]
+    gains = np.array([4096.0 * gain for gain in exposure.gains], f32)[:, None, None]
     image = np.minimum(image * (vignette * gains), f32(1.5 * 4096.0))
-    image = _blur(image, draws.between(0.12, 0.25))
-    curve = tone_curve(draws.whole(0, 6), draws.whole(0, 6))
+    image = _blur(image, exposure.blur)
+    curve = tone_curve(*exposure.curve)
     image = curve.take(image.astype(np.intp), mode="clip")
     grain = gaussian_tile()
-    rows, columns = draws.whole(0, 511), draws.whole(0, 511)
-    level = draws.between(0.3, 4.0)
+    rows, columns = exposure.grain
     picture = np.empty((height, width, 3), np.uint8)
     for k in range(3):
-        noisy = _window(grain, rows + 171 * k, columns + 67 * k, height, width) * f32(level)
+        part = _window(grain, rows + 171 * k, columns + 67 * k, height, width)
+        noisy = part * f32(exposure.level)
         noisy += image[k]
         np.maximum(noisy, 0, out=noisy)
         np.minimum(noisy, f32(255.4), out=noisy)

@@ -1,0 +1,37 @@
+"""Surface normals in one deterministic step (GenPercept), +x right, +y up, +z to the viewer.
+
+    python -m jaxpercept.train --config=configs/normals.py
+
+trains `sd-tiny` on procedural scenes, offline: minutes on two CPU cores. Presets, after a colon:
+
+`normals.py:dpt`    a DPT head in the place of the autoencoder's decoder.
+`normals.py:sd21`   the paper's recipe on Stable Diffusion 2.1: the angular loss alone, at 768 px;
+                    needs an accelerator, Hypersim and Virtual KITTI 2 with normals.
+
+What was measured is in docs/results.md; `sd21` has not been run by us.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpercept import presets
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """The config of a preset."""
+    choices = {"": _scenes, "dpt": _dpt, "sd21": _sd21}
+    return presets.choose("configs/normals.py", preset, choices, presets.one_step("normals"))
+
+
+def _scenes(config: ConfigDict) -> ConfigDict:
+    # sd-tiny's decoder has never seen such colours: frozen, it cannot do better than 40 degrees.
+    config = presets.losses(presets.tiny(config), angular=1.0, mse=1.0)
+    return presets.trained_decoder(config, rate=0.5)
+
+
+def _dpt(config: ConfigDict) -> ConfigDict:
+    return presets.dpt_head(presets.losses(presets.tiny(config), angular=1.0))
+
+
+def _sd21(config: ConfigDict) -> ConfigDict:
+    config = presets.losses(presets.paper(config), angular=1.0)
+    return presets.trained_on(config, {"hypersim": 0.9, "vkitti": 0.1}, "nyuv2")

@@ -1,0 +1,75 @@
+"""Semantic segmentation in one deterministic step, painted in colours or as class logits.
+
+    python -m jaxpercept.train --config=configs/seg.py
+
+trains `sd-tiny` to paint the classes of procedural scenes, offline: minutes on two CPU cores.
+Presets, after a colon:
+
+`seg.py:dpt`         class logits of a DPT head instead.
+`seg.py:nyuv2`       NYUv2's 40 classes, painted: `--config.data_dir=DIR` with train.txt, test.txt.
+`seg.py:nyuv2_dpt`   the same as class logits.
+`seg.py:camvid`      CamVid's 11 classes, as class logits: `--config.data_dir=DIR`.
+`seg.py:sd21`        the paper's recipe on Stable Diffusion 2.1 with Hypersim, painted, at 768 px.
+
+GenPercept's palette was not released; ours are in jaxpercept/data/palettes.py. What was measured is
+in docs/results.md; `sd21` has not been run by us.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpercept import presets
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """The config of a preset."""
+    choices = {
+        "": _scenes,
+        "dpt": _scenes_dpt,
+        "nyuv2": _nyuv2,
+        "nyuv2_dpt": _nyuv2_dpt,
+        "camvid": _camvid,
+        "sd21": _sd21,
+    }
+    config = presets.one_step("semantic", palette="", logits=False)
+    return presets.choose("configs/seg.py", preset, choices, config)
+
+
+def _classes(config: ConfigDict, dataset: str, palette: str) -> ConfigDict:
+    config.task_options.palette = palette
+    return presets.trained_on(config, {dataset: 1.0}, dataset)
+
+
+def _logits(config: ConfigDict) -> ConfigDict:
+    config.task_options.logits = True
+    return presets.losses(presets.dpt_head(config), cross_entropy=1.0)
+
+
+def _scenes(config: ConfigDict) -> ConfigDict:
+    return _classes(presets.tiny(config), "scenes", "scenes")
+
+
+def _scenes_dpt(config: ConfigDict) -> ConfigDict:
+    return _logits(_scenes(config))
+
+
+def _nyuv2(config: ConfigDict) -> ConfigDict:
+    config = presets.augmented(presets.tiny(config))
+    config.steps = 1800
+    config.evaluation.limit = 0
+    return _classes(config, "nyuv2", "nyu40")
+
+
+def _nyuv2_dpt(config: ConfigDict) -> ConfigDict:
+    return _logits(_nyuv2(config))
+
+
+def _camvid(config: ConfigDict) -> ConfigDict:
+    config = presets.augmented(presets.tiny(config))
+    config.steps = 1800
+    config.evaluation.limit = 0
+    return _logits(_classes(config, "camvid", "camvid"))
+
+
+def _sd21(config: ConfigDict) -> ConfigDict:
+    config = presets.losses(presets.paper(config), mse=1.0)
+    return _classes(config, "hypersim", "nyu40")

@@ -1,0 +1,233 @@
+"""Train the presets of a config file with several seeds, and make one table of them.
+
+    python -m jaxpercept.ablate --seeds=0,1
+    python -m jaxpercept.ablate --presets=baseline,dpt,lora_16 --seeds=0,1,2 --set=steps=200
+    python -m jaxpercept.ablate --config=configs/ablation.py --workdir=runs/ablation --list
+
+Each run lies in WORKDIR/PRESET/SEED, as one of `jaxpercept.train`. The same command again goes on
+where it was stopped: finished runs are not trained again, and the table, WORKDIR/ablation.md and
+ablation.csv, is written anew after each run. Models that start from noise are also evaluated in
+ensembles (--ensembles). All runs must be evaluated on the same dataset.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from jaxpercept import cli
+from jaxpercept.checkpoints.load import latest_step
+from jaxpercept.errors import UserError
+from jaxpercept.evaluate import evaluate
+from jaxpercept.inference.observers import evaluation_observer
+from jaxpercept.training.loop import Interrupted, train
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string(
+    "config", "configs/ablation.py", "A config file with a dict PRESETS.", flag_values=FLAGS
+)
+flags.DEFINE_list("presets", None, "Which of them; default: all.", flag_values=FLAGS)
+flags.DEFINE_list("seeds", ["0", "1"], "One run each.", flag_values=FLAGS)
+flags.DEFINE_list("set", [], "KEY=VALUE of the config, for all runs.", flag_values=FLAGS)
+flags.DEFINE_list("ensembles", ["4"], "Sizes, for models that start from noise.", flag_values=FLAGS)
+flags.DEFINE_string("workdir", "runs/ablation", "Where the runs lie.", flag_values=FLAGS)
+flags.DEFINE_boolean("list", False, "Print the presets and leave.", flag_values=FLAGS)
+OWN_FLAGS = tuple(FLAGS)
+REQUIRED = ()
+
+METRICS = ("abs_rel", "delta1")
+
+
+class Result(NamedTuple):
+    """A preset with one seed: its metrics, those of the best constant, and the steps trained."""
+
+    metrics: dict[str, float]
+    constant: dict[str, float]
+    steps: int
+
+
+def ablate(
+    config: str,
+    presets: Sequence[str] | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1),
+    workdir: str | Path = "runs/ablation",
+    changes: Mapping[str, Any] | None = None,
+    ensembles: Sequence[int] = (4,),
+) -> dict[str, list[Result]]:
+    """Run what is not there yet, and write the table after each run.
+
+    Args:
+        config: path of the config file.
+        presets: names of its presets; None for all.
+        seeds, workdir, ensembles: the flags of these names.
+        changes: values of the config by dotted key, for all runs.
+
+    Returns:
+        The results of each row of the table, one for each seed.
+
+    Raises:
+        UserError: a preset, a seed or a key does not fit, or as `training.loop.train`.
+        Interrupted: SIGTERM came; run the same again to go on.
+    """
+    module = _module(config)
+    names = list(presets or module.PRESETS)
+    if unknown := [name for name in names if name not in module.PRESETS]:
+        raise UserError(f"{config} has no preset {unknown[0]!r}: use {', '.join(module.PRESETS)}.")
+    folder = Path(workdir)
+    configs = {
+        (name, seed): _config(module, name, seed, changes or {}) for name in names for seed in seeds
+    }
+    rows: dict[str, list[Result]] = {}
+    for (name, seed), values in configs.items():
+        run = folder / name / str(seed)
+        for title, result in _results(run, values, ensembles).items():
+            rows.setdefault(name + title, []).append(result)
+        write_table(folder, rows, getattr(module, "PAPER", {}))
+        jax.clear_caches()  # the next run shares no program with this one
+    return rows
+
+
+def write_table(
+    folder: Path, rows: Mapping[str, Sequence[Result]], paper: Mapping[str, str]
+) -> None:
+    """`ablation.md` and `ablation.csv`: means and standard deviations over the seeds."""
+    columns = ["preset", "seeds", "steps", *METRICS, "paper"]
+    lines = [columns, ["---"] * len(columns)]
+    records = []
+    for name, results in rows.items():
+        shown, record = [], {"preset": name, "seeds": len(results), "steps": results[0].steps}
+        for metric in METRICS:
+            average, spread = _spread([result.metrics[metric] for result in results])
+            record |= {metric: average, f"{metric}_std": spread}
+            shown.append(f"{average:.4f}" + (f" ± {spread:.4f}" if len(results) > 1 else ""))
+        lines.append([name, str(len(results)), str(results[0].steps), *shown, paper.get(name, "")])
+        records.append(record)
+    first = next(iter(rows.values()))[0]
+    constant = [f"{first.constant[metric]:.4f}" for metric in METRICS]
+    lines.append(["best constant", "", "", *constant, ""])
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    (folder / "ablation.md").write_text(text + "\n")
+    with (folder / "ablation.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def _module(path: str) -> Any:
+    """The config file as a module."""
+    if not Path(path).is_file():
+        raise UserError(f"There is no config file {path}: give one, such as configs/ablation.py.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "PRESETS"):
+        raise UserError(f"{path} has no dict PRESETS: give a file such as configs/ablation.py.")
+    return module
+
+
+def _config(module: Any, name: str, seed: int, changes: Mapping[str, Any]) -> ConfigDict:
+    config = module.get_config(name)
+    try:
+        config.update_from_flattened_dict({**changes, "seed": seed})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--set does not fit the config of {name} ({error}).") from error
+    if not config.evaluation.dataset:
+        raise UserError(f"The preset {name!r} is not evaluated: name config.evaluation.dataset.")
+    return config
+
+
+def _results(run: Path, config: ConfigDict, ensembles: Sequence[int]) -> dict[str, Result]:
+    """Of one run, trained and evaluated now where it has not been; ensembles by their title."""
+    dataset = config.evaluation.dataset
+    report = run / "evaluation" / dataset / "metrics.json"
+    if latest_step(run) != config.steps or not report.is_file():
+        train(config, run, observer=functools.partial(evaluation_observer, workdir=run))
+    results = {"": _read(report, config.steps)}
+    if config.method.get("noise", "image") == "image":
+        return results
+    for size in ensembles:
+        output = run / "evaluation" / f"{dataset}-ensemble{size}"
+        if not (output / "metrics.json").is_file():
+            evaluate(
+                str(run),
+                dataset,
+                data_dir=config.data_dir or None,
+                output=output,
+                limit=config.evaluation.limit,
+                batch_size=config.evaluation.batch_size,
+                ensemble_size=size,
+            )
+        results[f", ensemble of {size}"] = _read(output / "metrics.json", config.steps)
+    return results
+
+
+def _read(report: Path, steps: int) -> Result:
+    content = json.loads(report.read_text())
+    return Result(content["metrics"], content["best_constant"], steps)
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    return mean(values), stdev(values) if len(values) > 1 else math.nan
+
+
+def _changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs, values read as Python's literals or else as text."""
+    changes = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair!r} is no KEY=VALUE.")
+        try:
+            changes[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            changes[key] = value
+    return changes
+
+
+def _integers(name: str, values: Sequence[str]) -> list[int]:
+    if not all(value.isdigit() for value in values):
+        raise UserError(f"--{name}={','.join(values)} are not whole numbers.")
+    return [int(value) for value in values]
+
+
+def main() -> int:
+    """Read the flags and run; 143, as for a process that SIGTERM ended, where it came."""
+    if FLAGS.list:
+        module = _module(FLAGS.config)
+        paper = getattr(module, "PAPER", {})
+        print("\n".join(f"{name:20}{paper.get(name, '')}".rstrip() for name in module.PRESETS))
+        return 0
+    cli.initialize_distributed()
+    try:
+        ablate(
+            FLAGS.config,
+            FLAGS.presets,
+            seeds=_integers("seeds", FLAGS.seeds),
+            workdir=FLAGS.workdir,
+            changes=_changes(FLAGS.set),
+            ensembles=_integers("ensembles", FLAGS.ensembles),
+        )
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return 143
+    print((Path(FLAGS.workdir) / "ablation.md").read_text(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, required=REQUIRED, flag_values=FLAGS)

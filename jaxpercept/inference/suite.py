@@ -1,0 +1,325 @@
+"""The papers' tables: a model on every dataset of a suite that is there."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from jaxpercept.data.datasets import DATASETS, open_dataset
+from jaxpercept.data.row import Dataset
+from jaxpercept.errors import UserError
+from jaxpercept.inference.evaluator import EvalResult
+from jaxpercept.inference.measures import check_dataset, measure_of
+from jaxpercept.inference.outputs import atomic, save_png
+from jaxpercept.inference.report import METRICS, PICTURE, rows_of
+from jaxpercept.tasks import Task
+
+TABLE, LINES, GRID = "suite.md", "suite.csv", "suite.png"
+_WIDTH = 960
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One dataset of a suite.
+
+    Attributes:
+        dataset: a key of `data.datasets.DATASETS`.
+        split: what is evaluated of it.
+        folders: below the root of all datasets; the first that is there is taken.
+        resolution: long side in pixels the network works at, 0 for the images' own, None for the
+            model's.
+        name: of the folder of results.
+    """
+
+    dataset: str
+    split: str
+    folders: tuple[str, ...]
+    resolution: int | None
+    name: str
+
+    @property
+    def title(self) -> str:
+        """For tables."""
+        return f"{self.dataset} ({self.split})"
+
+    @property
+    def row(self) -> Dataset:
+        """Of the table of datasets."""
+        return DATASETS[self.dataset]
+
+
+def _entry(
+    dataset: str, *splits: str, folders: Sequence[str] = (), resolution: int | None = None
+) -> list[Entry]:
+    return [
+        Entry(
+            dataset,
+            split,
+            tuple(folders) or (dataset,),
+            resolution,
+            dataset if len(splits) == 1 else f"{dataset}_{split}",
+        )
+        for split in splits
+    ]
+
+
+def _native(dataset: str, split: str, *, depth: bool = False) -> list[Entry]:
+    resolution = (DATASETS[dataset].eval_resolution or 0) if depth else 0
+    return _entry(dataset, split, resolution=resolution)
+
+
+SUITES: dict[str, list[Entry]] = {
+    # Marigold, GenPercept, E2E-FT and Lotus, in GenPercept's order.
+    "depth": [
+        *_native("kitti_eigen", "test", depth=True),
+        *_native("nyuv2", "test", depth=True),
+        *_native("scannet", "test", depth=True),
+        *_native("diode", "test", depth=True),
+        *_native("eth3d", "test", depth=True),
+    ],
+    # DSINE, E2E-FT and Lotus; DIODE is Marigold's.
+    "normals": [
+        *_native("nyuv2", "test"),
+        *_native("scannet", "test"),
+        *_native("ibims1", "test"),
+        *_native("sintel", "all"),
+        *_native("diode", "test"),
+    ],
+    "dis": [*_entry("dis5k", "val", "te1", "te2", "te3", "te4"), *_entry("masks", "all")],
+    "matting": [
+        *_entry("p3m10k", "p", "np"),
+        *_entry("aim500", "test"),
+        *_entry("alphamatting", "all"),
+    ],
+    "seg": [
+        *_entry("nyuv2", "test"),
+        *_entry("nyuv2_13", "test", folders=("nyuv2_13", "nyuv2")),
+        *_entry("camvid", "test"),
+        *_entry("cityscapes", "val"),
+        *_entry("ade20k", "val"),
+        *_entry("vkitti", "val"),
+    ],
+}
+"""What each suite has, in the order of its table."""
+
+_KINDS = {
+    "depth": ("affine_depth", "affine_disparity"),
+    "normals": ("normals",),
+    "dis": ("mask",),
+    "matting": ("alpha",),
+    "seg": ("classes",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What became of an entry.
+
+    Attributes:
+        entry: the entry.
+        status: "evaluated", "kept" (from an earlier run), "absent", "unfit" (the model predicts
+            something else) or "failed".
+        note: why there is no result.
+        report: what its metrics.json says.
+    """
+
+    entry: Entry
+    status: str
+    note: str = ""
+    report: Mapping[str, Any] | None = None
+
+
+def run_suite(
+    suite: str,
+    task: Task,
+    *,
+    data_root: Path,
+    folder: Path,
+    request: Mapping[str, Any],
+    evaluate: Callable[[Entry, Path, Mapping[str, Any]], EvalResult],
+) -> list[Line]:
+    """Evaluate what is there and not yet evaluated; the table is written after each dataset.
+
+    Args:
+        suite: a key of `SUITES`.
+        task: the model's.
+        data_root: has a folder for each dataset, of its name.
+        folder: gets ENTRY/metrics.json and the like, suite.md, suite.csv and suite.png.
+        request: what results depend on beside the dataset; plain JSON.
+        evaluate: `(entry, folder of the dataset, facts)` evaluates and writes the report, with
+            these facts, to `folder / entry.name`.
+
+    Raises:
+        UserError: the suite is unknown or of other models, or there is no such root.
+    """
+    if suite not in SUITES:
+        raise UserError(f"the suite {suite!r} is unknown: use {', '.join(SUITES)}.")
+    if task.kind not in _KINDS[suite]:
+        raise UserError(
+            f"the suite {suite!r} is for models of {' or '.join(_KINDS[suite])}, and this one "
+            f"predicts {task.kind}."
+        )
+    if not data_root.is_dir():
+        raise UserError(f"--data_root {data_root} is no folder: give that of the datasets.")
+    lines: list[Line] = []
+    for entry in SUITES[suite]:
+        lines.append(_run_entry(entry, task, data_root, folder, request, evaluate))
+        if jax.process_index() == 0:
+            write_suite(folder, suite, lines, SUITES[suite][len(lines) :])
+    return lines
+
+
+def _run_entry(
+    entry: Entry,
+    task: Task,
+    data_root: Path,
+    folder: Path,
+    request: Mapping[str, Any],
+    evaluate: Callable[[Entry, Path, Mapping[str, Any]], EvalResult],
+) -> Line:
+    places = [data_root / name for name in entry.folders]
+    found = [place for place in places if place.is_dir()]
+    if not found:
+        looked = " or ".join(map(str, places))
+        return Line(entry, "absent", f"no {looked}; expected there: {entry.row.layout}.")
+    measure = measure_of(task)
+    try:
+        check_dataset(measure, task, entry.dataset, entry.row)
+    except UserError as error:
+        return Line(entry, "unfit", str(error))
+    try:
+        records = open_dataset(
+            entry.dataset, split=entry.split, data_dir=found[0], targets=(measure.target,)
+        )
+    except UserError as error:
+        return Line(entry, "absent", str(error))
+    wanted = {**request, "data_dir": str(found[0].resolve()), "examples": len(records)}
+    report = _earlier(folder / entry.name / METRICS, wanted)
+    if report is not None:
+        return Line(entry, "kept", report=report)
+    try:
+        evaluate(entry, found[0], {"request": wanted})
+    except UserError as error:
+        return Line(entry, "failed", str(error))
+    return Line(entry, "evaluated", report=_read(folder / entry.name / METRICS))
+
+
+def _earlier(path: Path, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The report of an earlier run of the same request; all processes go by the first one's."""
+    report = _read(path)
+    same = report is not None and report.get("request") == json.loads(json.dumps(request))
+    if jax.process_count() > 1:
+        same = bool(multihost_utils.broadcast_one_to_all(np.int32(same)))
+    return (report or {}) if same else None
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) else None
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def write_suite(folder: Path, suite: str, lines: Sequence[Line], rest: Sequence[Entry]) -> None:
+    """Write suite.md, suite.csv and suite.png of what is known so far.
+
+    Args:
+        rest: entries whose turn has not come.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / TABLE) as path:
+        path.write_text(markdown(suite, lines, rest))
+    _write_csv(folder / LINES, lines)
+    panels = {line.entry.title: folder / line.entry.name / PICTURE for line in lines if line.report}
+    panels = {title: path for title, path in panels.items() if path.is_file()}
+    if panels:
+        save_png(folder / GRID, _grid(panels))
+    else:
+        (folder / GRID).unlink(missing_ok=True)
+
+
+def markdown(suite: str, lines: Sequence[Line], rest: Sequence[Entry] = ()) -> str:
+    """The table, and under it what is not in it and why."""
+    done = [line for line in lines if line.report]
+    text = [f"# {suite}", ""]
+    if done:
+        request = done[0].report.get("request", {})
+        named = ", ".join(f"{k} {request[k]}" for k in ("checkpoint", "step") if request.get(k))
+        text += [f"{named}. {done[0].report['protocol']['average'].capitalize()}.", ""]
+        every = [_figures(line) for line in done]
+        titles = list(dict.fromkeys(title for figures in every for title in figures[0]))
+        text.append("| " + " | ".join(["dataset", "images", "processed at", "", *titles]) + " |")
+        text.append("|---" * (4 + len(titles)) + "|")
+        for line, (own, body) in zip(done, every, strict=True):
+            facts = line.report["protocol"]
+            resolution = facts["processing_resolution"] or "native"
+            lead = [line.entry.title, str(facts["images"]), str(resolution)]
+            for label, values in body:
+                shown = dict(zip(own, values, strict=True))
+                cells = [*lead, label, *(shown.get(title, "") for title in titles)]
+                text.append("| " + " | ".join(cells) + " |")
+                lead = ["", "", ""]
+        text.append("")
+    for status, heading in (
+        ("absent", "Absent"),
+        ("unfit", "Not for this model"),
+        ("failed", "Failed"),
+    ):
+        if found := [line for line in lines if line.status == status]:
+            text += [f"{heading}:", ""]
+            text += [f"- {line.entry.title}: {' '.join(line.note.split())}" for line in found]
+            text.append("")
+    if rest:
+        text += ["Still to come: " + ", ".join(entry.title for entry in rest) + ".", ""]
+    return "\n".join(text)
+
+
+def _figures(line: Line) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    report = line.report
+    return rows_of(report["protocol"], report["metrics"], report["best_constant"])
+
+
+def _write_csv(path: Path, lines: Sequence[Line]) -> None:
+    rows = []
+    for line in lines:
+        row = {"dataset": line.entry.dataset, "split": line.entry.split, "status": line.status}
+        row["note"] = " ".join(line.note.split())
+        if line.report:
+            row["images"] = line.report["protocol"]["images"]
+            row |= line.report["metrics"]
+            row |= {f"constant_{k}": x for k, x in line.report["best_constant"].items()}
+        rows.append(row)
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=titles)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _grid(panels: Mapping[str, Path]) -> UInt8[np.ndarray, "h w 3"]:
+    """The datasets' panels, at one width, each under its name."""
+    parts = []
+    for title, path in panels.items():
+        bar = Image.new("RGB", (_WIDTH, 28), "white")
+        draw = ImageDraw.Draw(bar)
+        font = ImageFont.load_default(size=18)
+        draw.text((4, 14), title, fill=(0, 0, 0), font=font, anchor="lm")
+        with Image.open(path) as image:
+            height = max(round(image.height * _WIDTH / image.width), 1)
+            shown = image.convert("RGB").resize((_WIDTH, height), Image.Resampling.BICUBIC)
+        parts += [np.asarray(bar), np.asarray(shown)]
+    return np.concatenate(parts)

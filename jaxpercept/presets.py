@@ -5,11 +5,13 @@ A preset is a config changed by a few of these, one after the other; each return
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
 from jaxpercept.config import base_config
+from jaxpercept.data.datasets import DATASETS
 from jaxpercept.errors import UserError
 from jaxpercept.tasks import TASKS
 
@@ -31,7 +33,8 @@ def one_step(task: str, **options: object) -> ConfigDict:
     """GenPercept's method for a task: any key of the method and of the task can be overridden."""
     config = base_config()
     config.task = task
-    config.task_options = ConfigDict(options)
+    defaults = {field.name: field.default for field in dataclasses.fields(TASKS[task])}
+    config.task_options = ConfigDict(defaults | options)
     # The one-step input does not depend on the timestep; the paper draws it uniformly.
     config.method.update({"timesteps": "uniform", "inference_timestep": 1, "latent_weight": 1.0})
     config.method.decoder = "vae"
@@ -95,9 +98,16 @@ def paper(
 
 
 def trained_on(config: ConfigDict, mixture: Mapping[str, float], evaluated_on: str) -> ConfigDict:
-    """These datasets, by probability, and the one to evaluate on."""
+    """These datasets, by probability, and the one to evaluate on.
+
+    Each that has files has a folder of its own, `data.options.NAME.data_dir`, which is `data_dir`
+    unless it is given.
+    """
     config.data.mixture = ConfigDict(mixture)
     config.evaluation.dataset = evaluated_on
+    files = [name for name in {**mixture, evaluated_on: 0} if DATASETS[name].needs_data_dir]
+    folders = {name: {"data_dir": config.get_oneway_ref("data_dir")} for name in files}
+    config.data.options = ConfigDict(folders)
     return config
 
 

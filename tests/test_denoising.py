@@ -11,10 +11,9 @@ import tiny_model
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from test_methods import depth_batch
+from test_methods import depth_batch, nchw
 from tiny_model import quick_compile  # noqa: F401
 from torch_parity import from_torch, normal, params_of, randomise
-from torch_parity import to_torch as nchw
 
 from jaxpercept.diffusion.noise import multi_resolution, per_example
 from jaxpercept.diffusion.timesteps import sample_timesteps

@@ -125,7 +125,21 @@ def initial_weights(config: Any, setup: Setup) -> tuple[Params, Params]:
             "them, or list them in config.random_init."
         )
     trainable, frozen = split_params({part: params[part] for part in needed}, config.trainable)
+    _check_decoder(config, trainable)
     return _cast(trainable, "float32"), _cast(frozen, config.frozen_dtype)
+
+
+def _check_decoder(config: Any, trainable: Params) -> None:
+    """Raises a UserError where the decoder is to be trained and no loss sees its images."""
+    weights = config.method.get("pixel_weights", {})
+    if config.method.name not in PERCEPTION or any(weights.values()):
+        return
+    for path in trainable.get("vae", {}):
+        if path.startswith(("decoder.", "post_quant_conv.")):
+            raise UserError(
+                f"config.trainable names 'vae/{path}', which only losses of decoded images train: "
+                "set config.method.pixel_weights, or leave it out."
+            )
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -1,0 +1,194 @@
+"""Each variation of a preset changes the weights it says, and no others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+import tiny_run
+import torch
+import torch_checkpoints
+from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_run import data_of_module  # noqa: F401
+from transformers import CLIPTokenizer
+
+from jaxpercept import PerceptionPipeline, presets
+from jaxpercept.checkpoints.load import load_model, merge_params
+from jaxpercept.errors import UserError
+from jaxpercept.inference.predictor import to_signed_float
+from jaxpercept.training.loop import train
+from jaxpercept.training.optim import make_optimizer
+from jaxpercept.training.setup import initial_weights, set_up
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """An export all of whose weights are random, those of norms, too."""
+    return tiny_model.save(tmp_path_factory.mktemp("base") / "export", np.random.default_rng())
+
+
+def tiny(base, change, **changes):
+    """A preset's variation on a checkpoint of a few weights."""
+    c = presets.one_step("depth")
+    c.update(tiny_run.config(base, **changes).to_dict() | {"method": c.method.to_dict()})
+    return change(c)
+
+
+def start(c):
+    return initial_weights(c, set_up(c))
+
+
+def changed(before, after):
+    """Names of the weights that differ."""
+    return {
+        f"{part}/{path}"
+        for part, weights in after.items()
+        for path, weight in weights.items()
+        if path not in before[part] or not np.array_equal(before[part][path], weight)
+    }
+
+
+@pytest.mark.parametrize("scratch", [True, False])
+def test_a_decoder_from_scratch_is_random_and_nothing_else(base, scratch):
+    given = load_model(str(base))[1]
+
+    def change(c):
+        c = presets.losses(c, mse=1.0)
+        return presets.trained_decoder(c, 0.5, scratch=scratch)
+
+    c = tiny(base, change)
+    trained, frozen = start(c)
+    names = {f"vae/{path}" for path in given["vae"]}
+    decoder = {name for name in names if name.startswith(("vae/decoder.", "vae/post_quant_conv."))}
+    assert {f"vae/{path}" for path in trained["vae"]} == decoder
+    assert {f"vae/{path}" for path in frozen["vae"]} == names - decoder
+    assert changed(given, merge_params(frozen, trained)) == (decoder if scratch else set())
+    if scratch:
+        kernel = trained["vae"]["decoder.conv_in.kernel"]
+        bound = 1 / np.sqrt(np.prod(kernel.shape[:-1]))
+        assert 0.9 * bound < np.abs(kernel).max() <= bound
+        again = start(c)[0]
+        tiny_run.assert_bit_equal(again, trained)
+    some = {"unet": ("conv_in.bias",), "vae": ("decoder.conv_in.bias", "post_quant_conv.bias")}
+    trained = {part: {path: trained[part][path] for path in paths} for part, paths in some.items()}
+    gradient = jax.tree.map(jnp.ones_like, trained)
+    optimizer, _ = make_optimizer(c.optimizer)
+    state = optimizer.init(trained)
+    for _ in range(3):  # the first rate is 0
+        step, state = optimizer.update(gradient, state, trained)
+    rates = {path: float(jnp.abs(x).max()) for tree in step.values() for path, x in tree.items()}
+    for path in some["vae"]:
+        assert rates[path] == pytest.approx(0.5 * rates["conv_in.bias"], rel=1e-4)
+
+
+def test_a_decoder_that_no_loss_reaches_is_not_trained_in_vain(base):
+    for change in (
+        presets.trained_decoder,
+        lambda c: presets.trained_decoder(presets.denoising(c, "image")),
+    ):
+        with pytest.raises(UserError, match=r"'vae/decoder.*only losses of decoded images train"):
+            start(tiny(base, change))
+
+
+def test_a_unet_from_scratch(base):
+    given = load_model(str(base))[1]
+
+    def change(c):
+        c.random_init = ("unet",)
+        return c
+
+    every = {f"unet/{path}" for path in given["unet"]}
+    assert changed(given, merge_params(*start(tiny(base, change)))) == every
+
+
+def test_a_head_is_trained_with_the_unet_or_alone(base):
+    def change(c):
+        return presets.dpt_head(presets.losses(c, mse=1.0))
+
+    given = load_model(str(base))[1]
+    trained, _ = start(tiny(base, change))
+    assert trained.keys() == {"unet", "head"}
+    assert given["unet"].keys() - trained["unet"].keys() == {
+        "conv_norm_out.scale",
+        "conv_norm_out.bias",
+        "conv_out.kernel",
+        "conv_out.bias",
+    }
+    alone, rest = start(tiny(base, lambda c: presets.frozen_unet(change(c))))
+    tiny_run.assert_bit_equal(alone, {"head": trained["head"]})
+    tiny_run.assert_bit_equal(rest["unet"], trained["unet"])
+    with pytest.raises(UserError, match="latent_weight to 0"):
+        set_up(tiny(base, presets.dpt_head))
+
+
+def test_lora_trains_its_factors_alone(base):
+    given = load_model(str(base))[1]
+    c = tiny(base, lambda c: presets.lora(c, 3))
+    setup = set_up(c)
+    assert setup.description.lora["rank"] == setup.description.lora["alpha"] == 3
+    trained, frozen = initial_weights(c, setup)
+    assert trained.keys() == {"unet"}
+    layers = {path.rpartition(".lora_")[0] for path in trained["unet"]}
+    assert layers == {
+        path.removesuffix(".kernel")
+        for path in given["unet"]
+        if path.endswith(tuple(f".{to}.kernel" for to in ("to_q", "to_k", "to_v", "to_out.0")))
+    }
+    assert layers
+    for path, factor in trained["unet"].items():
+        assert (factor != 0).any() == ("lora_A" in path)
+    tiny_run.assert_bit_equal(frozen, given)
+
+
+def test_a_lora_workdir_opens_merged(data, tmp_path, rng):
+    """It predicts as the two factors beside the frozen weight do."""
+    small = tiny_run.base(tmp_path / "base")
+    c = tiny(small, lambda c: presets.lora(c, 2), steps=4, **tiny_run.on_folder(data))
+    c.optimizer.learning_rate = 0.1
+    state = train(c, tmp_path / "run", mesh=one_device())
+    factors = jax.device_get(state["params"]["unet"])
+    assert all(np.abs(f).max() > 0.01 for f in factors.values())
+    pipe = PerceptionPipeline.from_pretrained(tmp_path / "run", mesh=one_device())
+    assert not pipe.description.lora
+    assert not any("lora" in path for path in pipe.params["unet"])
+    rgb = rng.integers(0, 256, (1, *tiny_run.SIZE, 3)).astype(np.uint8)
+
+    setup = set_up(c)
+    perception, params = setup.method.perception, merge_params(*start(c), {"unet": factors})
+
+    @jax.jit
+    def predict(params, rgb):
+        return perception.predict(params, perception.encode(params, to_signed_float(rgb)))[1]
+
+    expected = predict(params, rgb)
+    np.testing.assert_allclose(pipe(rgb, processing_resolution=0).latent, expected, atol=1e-4)
+    untrained = predict(merge_params(params, start(c)[0]), rgb)
+    assert np.abs(untrained - expected).max() > 0.01
+
+
+# ---- the prompt ----------------------------------------------------------------------------------
+
+
+def test_the_prompt_is_what_the_text_encoder_makes_of_it(tmp_path):
+    modules = torch_checkpoints.write_checkpoint(tmp_path / "sd")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "sd" / "tokenizer")
+    c = tiny_run.config(tmp_path / "sd")
+    lengths = []
+    for prompt in ("", "a room with red", "F3@qV!k2*#Zp^n%1Lz"):
+        c.prompt = prompt
+        embedding = initial_weights(c, set_up(c))[1]["prompt"]["embedding"]
+        ids = torch.tensor(tokenizer([prompt])["input_ids"])
+        with torch.no_grad():
+            expected = modules["text_encoder"](ids).last_hidden_state.numpy()
+        np.testing.assert_allclose(embedding, expected, atol=2e-5)
+        lengths.append(embedding.shape[1])
+    assert lengths[:2] == [2, 6]
+    assert lengths[2] > 6
+
+
+def test_a_prompt_needs_a_text_encoder(base):
+    c = tiny_run.config(base, prompt="a room")
+    with pytest.raises(UserError, match=r"no text encoder for config\.prompt"):
+        initial_weights(c, set_up(c))

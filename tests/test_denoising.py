@@ -101,7 +101,9 @@ def marigold_noise(key, shape, strength):
     return from_torch(noise / noise.std())[0], levels
 
 
-@pytest.mark.parametrize("shape", [(12, 16, 4), (15, 10, 4), (60, 80, 2), (1, 9, 3), (2, 2, 1)])
+@pytest.mark.parametrize(
+    "shape", [(12, 16, 4), (15, 10, 4), (60, 80, 2), (16, 64, 2), (1, 9, 3), (2, 2, 1)]
+)
 def test_multi_resolution_noise_is_marigold_s(rng, shape):
     keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 6)
     strengths = jnp.float32([0, 0.1, 0.45, 0.7, 0.9, 1])
@@ -114,6 +116,8 @@ def test_multi_resolution_noise_is_marigold_s(rng, shape):
         assert levels[0] == shape[:2]
     if shape[0] == 60:  # 60 -> 15 to 30 -> 1 to 7 and so on
         assert len(seen) > 1
+    if shape[0] == 16:  # one side ends it
+        assert any(levels[-1][1] > 1 for levels in seen)
 
 
 def test_its_moments(rng):
@@ -139,6 +143,15 @@ def test_each_example_has_the_noise_of_its_own_timestep(rng, annealed):
     share = np.float32(timesteps) / 1000 if annealed else np.ones(3, np.float32)
     keys = per_example(key, index, lambda k: k)
     np.testing.assert_allclose(ours, many((12, 16, 4))(keys, 0.8 * share), atol=1e-5)
+
+
+def test_noise_belongs_to_the_example(rng):
+    key, index = jax.random.key(int(rng.integers(2**31))), jnp.array([7, 0, 7, 3], jnp.int32)
+    first, zero, again, third = np.asarray(per_example(key, index, jax.random.uniform))
+    assert first == again
+    assert len({first, zero, third}) == 3
+    other = np.asarray(per_example(jax.random.fold_in(key, 1), index, jax.random.uniform))
+    assert other[0] != first
 
 
 # ---- the loss ------------------------------------------------------------------------------------

@@ -123,11 +123,14 @@ def test_a_right_prediction_costs_least(rng, case):
     """But for kappa's, whose least value depends on the certainty."""
     task, run = task_of(case), gradients(case)
     target = target_of(task, rng)
+    if "iou" in task.loss_names:
+        # Soft IoU, unlike the other losses, is least at equality for hard masks only.
+        target = target._replace(image=jnp.where(target.image > 0, 1.0, -1.0))
     right = right_decoded(task, target)
     perfect, wrong = run(right, target), run(noisy(rng, right), target)
     for name in set(perfect) - {"angular_kappa"}:
-        # The angle's clip: arccos(1 - 1e-4); targets of BCE and IoU are no hard masks here.
-        limits = {"angular": 0.0142, "bce": 0.7, "iou": 0.9, "cross_entropy": 0.01}
+        # The angle's clip: arccos(1 - 1e-4); logits of 8 are no certainty.
+        limits = {"angular": 0.0142, "cross_entropy": 0.01}
         least = limits.get(name, 1e-5)
         assert -1e-6 <= float(perfect[name][0]) < least, name
         assert float(perfect[name][0]) < float(wrong[name][0]), name

@@ -10,6 +10,7 @@ from PIL import Image
 from jaxpercept.errors import UserError
 from jaxpercept.inference.tiles import (
     align_tiles,
+    block_means,
     cut_tiles,
     merge_tiles,
     plan_tiles,
@@ -245,14 +246,17 @@ def test_an_anchor_stops_errors_from_adding_up(rng):
     size, tile = (48, 2000), (48, 48)
     truth = surface("bumps", size) / 20
     places = plan_tiles(size, tile, 12)
-    tiles, _, _ = distorted(rng, cut_tiles(truth[..., None], places, tile), noise=0, bend=0.1)
     anchor = resized(resized(truth, (6, 250), Image.Resampling.BOX), size)[..., None]
+    cut = cut_tiles(truth[..., None], places, tile)
     errors = []
-    for guide in (anchor, None):
-        merged = merge_tiles(tiles, places, size, alignment="affine", anchor=guide)
-        errors.append(relative_error(merged[..., 0], truth))
-    assert errors[0] < 0.005
-    assert errors[0] < errors[1] / 2
+    # Now and then the errors of one draw of bends cancel.
+    for _ in range(5):
+        tiles, _, _ = distorted(rng, cut, noise=0, bend=0.1)
+        for guide in (anchor, None):
+            merged = merge_tiles(tiles, places, size, alignment="affine", anchor=guide)
+            errors.append(relative_error(merged[..., 0], truth))
+    assert max(errors[::2]) < 0.005
+    assert sum(errors[::2]) < sum(errors[1::2]) / 2
 
 
 def test_scales_that_no_overlap_tells_stay():
@@ -364,18 +368,20 @@ def test_real_depth_maps_in_tiles(rng):
 
 
 def test_tiles_that_disagree_keep_their_contrast(rng):
-    """Maps of no contrast would agree best; the anchor says how much there is."""
+    """Maps of no contrast would agree best; each tile keeps 70 % of the anchor's spread."""
 
     def smooth(*size):
         return resized(rng.random((4, 4)), size)[..., None]
 
     truth = smooth(96, 128)
     places = plan_tiles((96, 128), (64, 64), 32)
+    cut = cut_tiles(truth, places, (64, 64))
     own = np.stack([smooth(64, 64) for _ in places])
-    tiles = (cut_tiles(truth, places, (64, 64)) + own) / 2
-    merged = merge_tiles(tiles, places, (96, 128), alignment="affine", anchor=truth)
-    assert merged.std() > 0.5 * truth.std()
-    assert np.corrcoef(merged.ravel(), truth.ravel())[0, 1] > 0.5
+    for tiles in [own, (cut + own) / 2]:
+        scales, _ = align_tiles(tiles, places, truth)
+        for scale, tile, area in zip(scales, tiles, cut, strict=True):
+            spread = scale * block_means(tile[..., 0]).std()
+            assert spread > 0.699 * block_means(area[..., 0]).std()
 
 
 def test_numbers_are_taken_from_the_tile_a_pixel_lies_deepest_in(rng):

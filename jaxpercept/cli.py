@@ -75,12 +75,13 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     """The flags by which commands open a checkpoint and predict with it."""
     text = {
         "task": "What the checkpoint predicts, where its files do not say: depth, disparity, "
-        "normals, dis, matting or seg.",
+        "normals, dis, matting, seg, semantic or pose.",
         "family": "How, where its files do not say: genpercept, rgb_blending, marigold, e2e_ft, "
         "lotus_d or lotus_g.",
         "base": "The text-to-image checkpoint that has what this one lacks, such as GenPercept's.",
         "vae": "An autoencoder instead of the checkpoint's own; a tiny one (TAESD) is faster.",
         "decoder": "An autoencoder that decodes instead of the checkpoint's own.",
+        "lora": "Low-rank additions to the UNet, as peft or diffusers save them: a folder or file.",
     }
     for name, meaning in text.items():
         flags.DEFINE_string(name, None, meaning, flag_values=flag_values)

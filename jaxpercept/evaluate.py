@@ -165,6 +165,7 @@ def open_model(
     base: str | None = None,
     vae: str | None = None,
     decoder: str | None = None,
+    lora: str | None = None,
     vae_tile: int = 0,
     pad_multiple: int = 0,
     num_inference_steps: int | None = None,
@@ -183,7 +184,8 @@ def open_model(
     Raises:
         UserError: the checkpoint or an option does not fit.
     """
-    described = {"task": task, "family": family, "base": base, "vae": vae, "decoder": decoder}
+    described = {"task": task, "family": family, "base": base}
+    described |= {"vae": vae, "decoder": decoder, "lora": lora}
     description, params = open_perception(checkpoint, **described)
     perception = perception_of(description, dtype=dtype, vae_tile=vae_tile, checkpoint=checkpoint)
     options = Options(

@@ -103,7 +103,7 @@ flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAG
 OWN_FLAGS = tuple(FLAGS)
 REQUIRED = ("checkpoint", "input", "output")
 _MANY_SIZES = 5  # from so many on, compiling takes longer than most folders' predictions
-_OPENING = ("task", "family", "base", "vae", "decoder", "vae_tile", "pad_multiple", "dtype")
+_OPENING = ("task", "family", "base", "vae", "decoder", "lora", "vae_tile", "pad_multiple", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lora_torch import (
 from torch_parity import max_abs, normal, quick_jit, randomise, to_torch
 
 from jaxpercept.checkpoints import rules
-from jaxpercept.checkpoints.lora import merge
+from jaxpercept.checkpoints.merging import merge
 from jaxpercept.errors import UserError
 from jaxpercept.models.config import VAEConfig
 from jaxpercept.models.functional import abstract, bind, functional

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch_parity import max_abs, normal, quick_jit, to_torch
 
-from jaxpercept.checkpoints import diffusers, lora, rules
+from jaxpercept.checkpoints import diffusers, lora, merging, rules
 from jaxpercept.errors import UserError
 from jaxpercept.models.functional import functional
 from jaxpercept.models.lora import LoraConfig
@@ -116,7 +116,7 @@ def test_reads_what_the_libraries_write(rng, tmp_path, write):
         base.unload_lora()
     network = functional(config_of(base))
     plain = params_of_plain(unet, network)
-    merged = lora.merge({"unet": {**plain, **params}}, got)["unet"]
+    merged = merging.merge({"unet": {**plain, **params}}, got)["unet"]
     for path, value in params_of_plain(base, network).items():
         assert max_abs(merged[path], value) <= 1e-6, path
     assert max_abs(merged[f"{LAYER}.kernel"], plain[f"{LAYER}.kernel"]) > 0.1
@@ -246,15 +246,15 @@ def test_a_state_dict_with_an_adapter_inside(rng, tmp_path, targets):
     assert any(".base_layer." in key for key in tensors)
     tensors = {key: value.numpy() for key, value in tensors.items()}
     network = functional(config_of(unet))
-    got = rules.to_jax(network.shapes, lora.merged_tensors(tensors))
-    twice = rules.to_jax(network.shapes, lora.merged_tensors(tensors, alpha=8))
+    got = rules.to_jax(network.shapes, merging.merged_tensors(tensors))
+    twice = rules.to_jax(network.shapes, merging.merged_tensors(tensors, alpha=8))
     plain = params_of_plain(unet, network)
     unet.fuse_lora()
     unet.unload_lora()
     for path, value in params_of_plain(unet, network).items():
         assert max_abs(got[path], value) <= 1e-6, path
         assert max_abs(twice[path], 2 * value - plain[path]) <= 1e-5, path
-    assert lora.merged_tensors({"conv_in.weight": 1}) == {"conv_in.weight": 1}
+    assert merging.merged_tensors({"conv_in.weight": 1}) == {"conv_in.weight": 1}
 
     key = next(key for key in tensors if "lora_B" in key)
     layer = key.partition(".lora_B")[0]
@@ -262,7 +262,7 @@ def test_a_state_dict_with_an_adapter_inside(rng, tmp_path, targets):
     other = {f"{layer}.lora_A.second.weight": np.ones((4, 16))}
     for damaged in (without, {**tensors, key: np.ones(3)}, {**tensors, **other}):
         with pytest.raises(UserError, match=f"layer {layer} has base_layer, lora_A.default"):
-            lora.merged_tensors(damaged)
+            merging.merged_tensors(damaged)
 
 
 @pytest.fixture

@@ -250,7 +250,7 @@ def test_an_anchor_stops_errors_from_adding_up(rng):
     cut = cut_tiles(truth[..., None], places, tile)
     errors = []
     # Now and then the errors of one draw of bends cancel.
-    for _ in range(5):
+    for _ in range(3):
         tiles, _, _ = distorted(rng, cut, noise=0, bend=0.1)
         for guide in (anchor, None):
             merged = merge_tiles(tiles, places, size, alignment="affine", anchor=guide)

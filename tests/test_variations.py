@@ -13,9 +13,13 @@ from tiny_run import data_of_module  # noqa: F401
 from transformers import CLIPTokenizer
 
 from jaxpercept import PerceptionPipeline, presets
+from jaxpercept.checkpoints import lora
 from jaxpercept.checkpoints.load import load_model, merge_params
 from jaxpercept.errors import UserError
+from jaxpercept.inference.opening import open_perception
 from jaxpercept.inference.predictor import to_signed_float
+from jaxpercept.models.functional import functional
+from jaxpercept.models.lora import LoraConfig, is_lora
 from jaxpercept.training.loop import train
 from jaxpercept.training.optim import make_optimizer
 from jaxpercept.training.setup import initial_weights, set_up
@@ -166,6 +170,34 @@ def test_a_lora_workdir_opens_merged(data, tmp_path, rng):
     np.testing.assert_allclose(pipe(rgb, processing_resolution=0).latent, expected, atol=1e-4)
     untrained = predict(merge_params(params, start(c)[0]), rgb)
     assert np.abs(untrained - expected).max() > 0.01
+
+
+def test_an_adapter_beside_the_checkpoint_it_was_trained_on(tmp_path, rng):
+    torch_checkpoints.write_checkpoint(tmp_path / "sd")
+    named = {"task": "depth", "family": "genpercept"}
+    description, params = open_perception(str(tmp_path / "sd"), **named)
+    config = LoraConfig(2, 6)
+    shapes = functional(description.components["unet"], lora=config).shapes
+    factors = {
+        path: rng.normal(size=shape.shape).astype(np.float32)
+        for path, shape in shapes.items()
+        if is_lora(path)
+    }
+    lora.save(tmp_path / "adapter", config, factors)
+    named["lora"] = tmp_path / "adapter"
+    merged = open_perception(str(tmp_path / "sd"), **named)[1]
+    layers = {path.rpartition(".lora_")[0] for path in factors}
+    assert changed(params, merged) == {f"unet/{layer}.kernel" for layer in layers}
+    for layer in layers:
+        added = 3 * factors[f"{layer}.lora_A.kernel"] @ factors[f"{layer}.lora_B.kernel"]
+        kernels = (weights["unet"][f"{layer}.kernel"] for weights in (merged, params))
+        np.testing.assert_allclose(np.subtract(*kernels), added, atol=1e-5)
+    pipe = PerceptionPipeline.from_pretrained(tmp_path / "sd", mesh=one_device(), **named)
+    np.testing.assert_array_equal(
+        pipe.params["unet"][f"{layer}.kernel"], merged["unet"][f"{layer}.kernel"]
+    )
+    with pytest.raises(UserError, match="nothing is not there"):
+        open_perception(str(tmp_path / "sd"), **named | {"lora": tmp_path / "nothing"})
 
 
 # ---- the prompt ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxpercept.checkpoints import hub
 from jaxpercept.checkpoints.fit import check_layers, head_config, lacks_output
-from jaxpercept.checkpoints.lora import merged_tensors
+from jaxpercept.checkpoints.merging import merged_tensors
 from jaxpercept.checkpoints.rules import to_jax
 from jaxpercept.checkpoints.tokenizer import TOKENIZER_FILES, missing_tokenizer_files
 from jaxpercept.checkpoints.values import (

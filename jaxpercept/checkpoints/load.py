@@ -16,7 +16,7 @@ import numpy as np
 from jaxpercept.checkpoints import diffusers, orbax
 from jaxpercept.checkpoints.description import FILE_NAME, Description
 from jaxpercept.checkpoints.fit import check_fit
-from jaxpercept.checkpoints.lora import merge
+from jaxpercept.checkpoints.merging import merge
 from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize
 from jaxpercept.checkpoints.values import in_short
 from jaxpercept.errors import UserError

@@ -1,4 +1,4 @@
-"""LoRA adapters as peft and diffusers store them, without torch, and merging them into weights.
+"""LoRA adapters as peft and diffusers store them, without torch.
 
     pytorch_lora_weights.safetensors                       diffusers
     adapter_model.safetensors  adapter_config.json         peft
@@ -22,6 +22,7 @@ from jaxtyping import Shaped
 from safetensors import safe_open
 from safetensors.numpy import save as serialise
 
+from jaxpercept.checkpoints.merging import adapted_layers
 from jaxpercept.checkpoints.rules import DTYPES, match, to_jax, to_torch
 from jaxpercept.checkpoints.values import in_short
 from jaxpercept.checkpoints.weights import (
@@ -33,11 +34,9 @@ from jaxpercept.checkpoints.weights import (
 )
 from jaxpercept.errors import UserError
 from jaxpercept.models.functional import Config, functional
-from jaxpercept.models.lora import LoraConfig, factor_of, is_lora, merged_kernel, targets_of
+from jaxpercept.models.lora import LoraConfig, is_lora, targets_of
 
-__all__ = ["load", "merge", "merged_tensors", "save"]
-
-Params = dict[str, dict[str, Any]]
+__all__ = ["load", "save"]
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -50,7 +49,6 @@ _NAME = re.compile(r"(?P<layer>.+)\.(?P<factor>lora_A|lora_B|lora\.down|lora\.up
 _OLD_NAME = re.compile(
     r"(?P<block>.+)\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<factor>down|up)\.weight"
 )
-_INSIDE = re.compile(r"(.+)\.(base_layer|lora_[AB](?:\.\w+)?)\.weight")
 _FACTORS = {"lora_A": "A", "lora.down": "A", "down": "A"}  # any other is B
 
 # What peft's settings may say beside rank and alpha. The tensors themselves tell the targets.
@@ -131,7 +129,7 @@ def save(
         raise UserError(f"{folder} is a file; choose a folder to save to.")
     folder.mkdir(parents=True, exist_ok=True)
     factors = {path: value for path, value in params.items() if is_lora(path)}
-    _check_factors(factors, lora)
+    adapted_layers(factors, lora)
     settings = _peft_settings(lora)
     prefix, name, metadata = f"{lora.component}.", DIFFUSERS_FILE, {"format": "pt"}
     if layout == "diffusers":
@@ -153,94 +151,6 @@ def save(
     if layout == "peft":
         write_json(folder / PEFT_CONFIG, settings)
     return folder / name
-
-
-def merge(params: Params, lora: LoraConfig) -> Params:
-    """The weights of the same model without LoRA: W + alpha / rank A B where there was one.
-
-    The sums are taken in float32 and have W's type. Components without LoRA are passed on.
-
-    Raises:
-      UserError: a merged weight is not finite.
-      ValueError: the factors in `params` are not those of `lora`.
-    """
-    weights = params[lora.component]
-    merged = {path: value for path, value in weights.items() if not is_lora(path)}
-    for layer in _check_factors({p: v for p, v in weights.items() if is_lora(p)}, lora):
-        kernel, a, b = (
-            np.asarray(weights[f"{layer}.{name}kernel"]) for name in ("", "lora_A.", "lora_B.")
-        )
-        with np.errstate(over="ignore"):
-            kernel = merged_kernel(kernel, a, b, lora.scale).astype(kernel.dtype)
-        if not np.isfinite(kernel).all():
-            raise UserError(
-                f"{lora.component}/{layer}.kernel with its LoRA addition is not finite in "
-                f"{kernel.dtype}; merge into float32 weights, or check the training."
-            )
-        merged[f"{layer}.kernel"] = kernel
-    return {**params, lora.component: merged}
-
-
-def merged_tensors(tensors: Mapping[str, Any], alpha: int | float | None = None) -> dict[str, Any]:
-    """A state dict saved with an adapter inside, merged; one without is given back as it is.
-
-    That is what `save_pretrained` of a network with an adapter writes, and GenPercept's LoRA runs
-    are: `X.base_layer.weight`, `X.lora_A.default.weight` and `X.lora_B.default.weight` stand for
-    `X.weight`. Nothing is computed before a tensor is read.
-
-    Args:
-      tensors: `state-dict key -> tensor`, in PyTorch's layout; see `rules.to_jax`.
-      alpha: the rank (so in GenPercept) where it is None; such a file does not say it.
-
-    Raises:
-      UserError: a layer has not just these three, or their shapes do not fit.
-    """
-    merged: dict[str, Any] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        if found := _INSIDE.fullmatch(key):
-            layers.setdefault(found[1], {})[found[2]] = tensor
-        else:
-            merged[key.replace(".base_layer.bias", ".bias")] = tensor
-    for layer, parts in layers.items():
-        merged[f"{layer}.weight"] = _MergedTensor(layer, parts, alpha)
-    return merged
-
-
-class _MergedTensor:
-    """W + alpha / rank B A in PyTorch's layout, computed by `np.asarray`."""
-
-    def __init__(self, layer: str, parts: Mapping[str, Any], alpha: int | float | None):
-        shapes = [tuple(parts[name].shape) for name in sorted(parts)]  # of W, A and B
-        w, a, b = shapes if len(shapes) == 3 else ((), (), ())
-        rank = a[0] if a else 0
-        if not (w and rank and a[1:] == w[1:] and b == (w[0], rank, *(1,) * len(w[2:]))):
-            found = in_short(", ".join(sorted(parts)))
-            raise UserError(
-                f"The layer {in_short(layer)} has {found} of the shapes {in_short(shapes)}, which "
-                "is no layer with LoRA; download the checkpoint again."
-            )
-        self.shape, self._scale = w, 1.0 if alpha is None else alpha / rank
-        self._parts = [parts[name] for name in sorted(parts)]
-
-    def __array__(self, dtype=None, copy=None):
-        w, a, b = (np.asarray(part) for part in self._parts)
-        a, b = (x.astype(np.float32).reshape(x.shape[0], -1) for x in (a, b))
-        merged = w.astype(np.float32) + np.float32(self._scale) * (b @ a).reshape(w.shape)
-        return merged.astype(dtype or w.dtype)
-
-
-def _check_factors(factors: Mapping[str, Any], lora: LoraConfig) -> list[str]:
-    """The layers that have factors; a ValueError where these are not what `lora` says."""
-    found = {factor_of(path): np.shape(value) for path, value in factors.items()}
-    layers = sorted({layer for layer, _ in found})
-    for layer in layers:
-        a, b = found.get((layer, "A"), ()), found.get((layer, "B"), ())
-        if a[-1:] != (lora.rank,) or b[-2:-1] != (lora.rank,) or not lora.covers(layer):
-            raise ValueError(f"the LoRA factors of {layer}, {a} and {b}, are not those of {lora}")
-    if not layers:
-        raise ValueError(f"there are no LoRA factors in the {lora.component}")
-    return layers
 
 
 def _find(path: Path) -> Path:

@@ -9,10 +9,12 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jaxpercept.checkpoints import load
+from jaxpercept.checkpoints import lora as adapters
 from jaxpercept.checkpoints.description import FILE_NAME, Description
 from jaxpercept.checkpoints.diffusers import Checkpoint, load_autoencoder, load_parts
 from jaxpercept.checkpoints.fit import prompt_widths
 from jaxpercept.checkpoints.load import readable, resolve
+from jaxpercept.checkpoints.merging import merge
 from jaxpercept.checkpoints.values import in_short
 from jaxpercept.diffusion.schedule import NoiseSchedule
 from jaxpercept.errors import UserError
@@ -36,6 +38,7 @@ def open_perception(
     base: Source | None = None,
     vae: Source | None = None,
     decoder: Source | None = None,
+    lora: Source | None = None,
 ) -> tuple[Description, Params]:
     """A checkpoint of any kind and family; arguments as `PerceptionPipeline.from_pretrained`.
 
@@ -66,6 +69,8 @@ def open_perception(
         for component, other in (("vae", vae), ("decoder", decoder)):
             if other is not None:
                 description, params = _replace(description, params, component, os.fspath(other))
+        if lora is not None:
+            params = _adapt(description, params, lora)
     return description, params
 
 
@@ -243,6 +248,12 @@ def _replace(
     _check_latents(config, description.components["vae"], source)
     components = {**description.components, component: config}
     return dataclasses.replace(description, components=components), {**params, component: weights}
+
+
+def _adapt(description: Description, params: Params, source: Source) -> Params:
+    """The weights with an adapter's additions to the UNet."""
+    config, factors = adapters.load(source, description.components["unet"])
+    return merge({**params, "unet": {**params["unet"], **factors}}, config)
 
 
 def perception_of(

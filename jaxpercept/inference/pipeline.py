@@ -92,6 +92,7 @@ class PerceptionPipeline:
         base: str | os.PathLike[str] | None = None,
         vae: str | os.PathLike[str] | None = None,
         decoder: str | os.PathLike[str] | None = None,
+        lora: str | os.PathLike[str] | None = None,
         dtype: str = "float32",
         mesh: Mesh | None = None,
         attention: str = "auto",
@@ -111,6 +112,7 @@ class PerceptionPipeline:
                 UNets alone.
             vae: an autoencoder in place of the checkpoint's own, AutoencoderKL or AutoencoderTiny.
             decoder: an autoencoder that only decodes in the place of the own one.
+            lora: an adapter of the UNet, in peft's or diffusers' format, added to its weights.
             dtype, mesh, attention, vae_tile, pad_multiple: see the class.
 
         Raises:
@@ -119,7 +121,7 @@ class PerceptionPipeline:
         """
         source = os.fspath(path_or_id)
         description, params = open_perception(
-            source, task=task, family=family, base=base, vae=vae, decoder=decoder
+            source, task=task, family=family, base=base, vae=vae, decoder=decoder, lora=lora
         )
         return cls(
             description,

@@ -18,6 +18,8 @@ from jaxpercept.data.datasets import DATASETS
 from jaxpercept.errors import UserError
 from jaxpercept.inference import suite as suites
 from jaxpercept.inference.evaluator import EvalResult, Evaluator
+from jaxpercept.inference.measures import MEASURES as EVALUATED
+from jaxpercept.inference.published import MEASURES, PUBLISHED
 from jaxpercept.inference.report import write_report
 from jaxpercept.inference.suite import SUITES, run_suite
 from jaxpercept.metrics.depth import METRICS
@@ -111,6 +113,8 @@ def test_the_table_of_depth(checkpoint, root, tmp_path, evaluated, capsys):
     assert f"kitti_eigen (test): no {root / 'kitti_eigen'}; expected there: eigen_test" in text
     assert f"diode (test): {root / 'diode'} holds no split 'test'" in text
     assert "Still to come" not in text
+    published = "| GenPercept, depth | 0.094 / 0.923 | 0.052 / 0.967 | 0.056 / 0.965 |"
+    assert published in text[text.index("Published, abs_rel / delta1") :]
     with Image.open(output / "suite.png") as image:
         assert image.width == 960
     # Two panels of two rows of images, each under its name.
@@ -264,3 +268,20 @@ def test_the_suites_name_rows_and_splits_of_the_table():
             assert entry.split in DATASETS[entry.dataset].splits
     depth = {entry.dataset: entry.resolution for entry in SUITES["depth"]}
     assert depth == {"kitti_eigen": 0, "nyuv2": 0, "scannet": 0, "diode": 640, "eth3d": 756}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_published_figures_have_the_suites_names_and_units(suite):
+    """In the tables' own scale: shares below 1 (not per cent), angles in degrees."""
+    names = {entry.name for entry in SUITES[suite]}
+    kind = {"depth": "affine_depth", "dis": "mask", "matting": "alpha", "seg": "classes"}
+    shown = list(EVALUATED[kind.get(suite, suite)].columns.values())
+    for measure in MEASURES[suite]:
+        assert measure.removeprefix("pooled_") in shown
+    for model in PUBLISHED[suite]:
+        assert model.figures.keys() <= names
+        for values in model.figures.values():
+            assert len(values) == len(MEASURES[suite])
+            for measure, value in zip(MEASURES[suite], values, strict=True):
+                low, high = {"pooled_mean": (10, 50), "sad": (5, 100)}.get(measure, (0, 1))
+                assert value is None or low < value < high

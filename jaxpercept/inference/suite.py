@@ -21,6 +21,7 @@ from jaxpercept.errors import UserError
 from jaxpercept.inference.evaluator import EvalResult
 from jaxpercept.inference.measures import check_dataset, measure_of
 from jaxpercept.inference.outputs import atomic, save_png
+from jaxpercept.inference.published import MEASURES, PUBLISHED
 from jaxpercept.inference.report import METRICS, PICTURE, rows_of
 from jaxpercept.tasks import Task
 
@@ -283,9 +284,27 @@ def markdown(suite: str, lines: Sequence[Line], rest: Sequence[Entry] = ()) -> s
             text += [f"{heading}:", ""]
             text += [f"- {line.entry.title}: {' '.join(line.note.split())}" for line in found]
             text.append("")
+    if done:
+        text += _published(suite)
     if rest:
         text += ["Still to come: " + ", ".join(entry.title for entry in rest) + ".", ""]
     return "\n".join(text)
+
+
+def _published(suite: str) -> list[str]:
+    """A table of the papers' figures, one column a dataset."""
+    models, names = PUBLISHED[suite], MEASURES[suite]
+    entries = [e for e in SUITES[suite] if any(e.name in model.figures for model in models)]
+    text = [f"Published, {' / '.join(names)}, for orientation: protocols differ in details.", ""]
+    text.append("| " + " | ".join(["", *(entry.title for entry in entries), "source"]) + " |")
+    text.append("|---" * (2 + len(entries)) + "|")
+    for model in models:
+        cells = []
+        for entry in entries:
+            known = [x for x in model.figures.get(entry.name, ()) if x is not None]
+            cells.append(" / ".join(f"{value:.4g}" for value in known))
+        text.append("| " + " | ".join([model.model, *cells, model.source]) + " |")
+    return [*text, ""]
 
 
 def _figures(line: Line) -> tuple[list[str], list[tuple[str, list[str]]]]:

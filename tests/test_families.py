@@ -16,14 +16,15 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 KNOWN = sorted(families.FAMILIES.keys() - {"stable_diffusion"})
 ONE_OF_EACH = [
     "marigold_depth_v1_0",
-    "marigold_depth_v1_1",
-    "marigold_normals_v1_1",
-    "marigold_iid_lighting",
-    "genpercept_dis",
     "genpercept_dpt_disparity",
-    "rgb_blending_strong",
-    "e2e_ft_normals",
     "lotus_g_normals",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (
+            *("marigold_depth_v1_1", "marigold_normals_v1_1", "marigold_iid_lighting"),
+            *("genpercept_dis", "rgb_blending_strong", "e2e_ft_normals"),
+        )
+    ),
 ]
 
 

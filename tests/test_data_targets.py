@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxpercept.data import transforms
-from jaxpercept.data.coco import FLIP_PAIRS
 from jaxpercept.data.datasets import DATASETS, EmptyMaskError, Records, open_dataset
+from jaxpercept.data.joints import FLIP_PAIRS
 from jaxpercept.data.sources import SceneExamples
 from jaxpercept.data.transforms import NO_AUGMENT, Augment, prepare
 from jaxpercept.errors import UserError

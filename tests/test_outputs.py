@@ -7,7 +7,7 @@ import pytest
 from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
 from PIL import Image
 
-from jaxpercept.data.coco import KEYPOINTS
+from jaxpercept.data.joints import KEYPOINTS
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.errors import UserError
 from jaxpercept.inference.outputs import (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
 
-from jaxpercept.data.coco import KEYPOINTS
+from jaxpercept.data.joints import KEYPOINTS
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.inference.comparison import Comparison
 from jaxpercept.inference.panel import (
@@ -224,12 +224,12 @@ def joints_at(places, names):
 
 def test_a_limb_joins_its_joints_and_absent_ones_are_left_out():
     black = np.zeros((60, 80, 3), np.uint8)
-    joints = joints_at([(10.5, 20.5), (50.5, 20.5)], ["left elbow", "left wrist"])
+    joints = joints_at([(10.5, 20.5), (50.5, 20.5)], ["left_elbow", "left_wrist"])
     drawn = draw_skeleton(joints, black)
     assert (drawn[20, 10:51] == (255, 150, 40)).all()
     assert not drawn[25:].any()
     assert not black.any()
-    joints[KEYPOINTS.index("left wrist"), 2] = 0.1
+    joints[KEYPOINTS.index("left_wrist"), 2] = 0.1
     drawn = draw_skeleton(joints, black)
     assert drawn[20, 10].any()
     assert not drawn[:, 20:].any()

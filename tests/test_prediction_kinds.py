@@ -10,7 +10,7 @@ from tiny_model import one_device, quick_compile  # noqa: F401
 
 from jaxpercept import PerceptionPipeline, predict
 from jaxpercept.checkpoints.orbax import save_export
-from jaxpercept.data.coco import KEYPOINTS
+from jaxpercept.data.joints import KEYPOINTS
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.errors import UserError
 from jaxpercept.models.dpt import DPTConfig

@@ -7,7 +7,8 @@ from test_scenes import reference_depth
 from test_scenes_subjects import Renderer, indices, main_thing
 
 from jaxpercept.data import scenes
-from jaxpercept.data.scenes.figure import KEYPOINTS, SIDES, draw_pose
+from jaxpercept.data.joints import KEYPOINTS
+from jaxpercept.data.scenes.figure import SIDES, draw_pose
 from jaxpercept.data.scenes.palette import Draws
 
 

@@ -14,13 +14,6 @@ from jaxpercept.data.readers import read_rgb
 from jaxpercept.data.sources import Example, existing_folder
 from jaxpercept.errors import UserError
 
-KEYPOINTS = (
-    "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder",
-    "left elbow", "right elbow", "left wrist", "right wrist", "left hip", "right hip",
-    "left knee", "right knee", "left ankle", "right ankle",
-)  # fmt: skip
-FLIP_PAIRS = tuple((left, left + 1) for left in range(1, 17, 2))
-
 _SPLITS = {"train": "train2017", "val": "val2017"}
 
 

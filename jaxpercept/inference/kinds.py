@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jaxpercept.data.coco import KEYPOINTS
+from jaxpercept.data.joints import KEYPOINTS
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.errors import UserError
 from jaxpercept.inference.panel import (

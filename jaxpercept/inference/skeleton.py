@@ -10,20 +10,20 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
-from jaxpercept.data.coco import KEYPOINTS
+from jaxpercept.data.joints import KEYPOINTS
 
 _LEAST_SCORE = 0.3
 """Joints whose heat map has no higher peak are not drawn."""
 
 # Chains of joints; words that no joint has break nothing, the limb is left out.
 _CHAINS = (
-    ("left ankle", "left knee", "left hip", "right hip", "right knee", "right ankle"),
-    ("left hip", "left shoulder", "right shoulder", "right hip"),
-    ("left wrist", "left elbow", "left shoulder"),
-    ("right wrist", "right elbow", "right shoulder"),
-    ("left ear", "left eye", "nose", "right eye", "right ear"),
-    ("left ear", "left shoulder"),
-    ("right ear", "right shoulder"),
+    ("left_ankle", "left_knee", "left_hip", "right_hip", "right_knee", "right_ankle"),
+    ("left_hip", "left_shoulder", "right_shoulder", "right_hip"),
+    ("left_wrist", "left_elbow", "left_shoulder"),
+    ("right_wrist", "right_elbow", "right_shoulder"),
+    ("left_ear", "left_eye", "nose", "right_eye", "right_ear"),
+    ("left_ear", "left_shoulder"),
+    ("right_ear", "right_shoulder"),
 )
 # Left is warm, right is cold, what belongs to both is green.
 _COLOURS = {"left": (255, 150, 40), "right": (60, 150, 255), "": (120, 220, 120)}
@@ -52,10 +52,10 @@ def draw_skeleton(
     for chain in _CHAINS:
         for first, second in itertools.pairwise(chain):
             if first in at and second in at:
-                sides = {name.split()[0] for name in (first, second)}
+                sides = {name.partition("_")[0] for name in (first, second)}
                 colour = _COLOURS.get(sides.pop() if len(sides) == 1 else "", _COLOURS[""])
                 draw.line([at[first], at[second]], fill=colour, width=thick)
     for name, (x, y) in at.items():
-        colour = _COLOURS.get(name.split()[0], _COLOURS[""])
+        colour = _COLOURS.get(name.partition("_")[0], _COLOURS[""])
         draw.ellipse([x - thick, y - thick, x + thick, y + thick], fill=colour)
     return np.asarray(image)

@@ -1,6 +1,7 @@
 """Rows of masks, mattes, classes and keypoints."""
 
-from jaxpercept.data.coco import FLIP_PAIRS, KEYPOINTS, open_coco_keypoints
+from jaxpercept.data.coco import open_coco_keypoints
+from jaxpercept.data.joints import FLIP_PAIRS, KEYPOINTS
 from jaxpercept.data.listings import Tree
 from jaxpercept.data.palettes import CITYSCAPES_IDS
 from jaxpercept.data.readers import VOID, ClassesReader

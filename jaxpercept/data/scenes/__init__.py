@@ -29,9 +29,9 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from jaxpercept.data.joints import KEYPOINTS
 from jaxpercept.data.scenes.builder import CLASSES
 from jaxpercept.data.scenes.casting import cast, class_table, view_of
-from jaxpercept.data.scenes.figure import KEYPOINTS
 from jaxpercept.data.scenes.keypoints import bounding_box, project
 from jaxpercept.data.scenes.language import caption, phrases, sights
 from jaxpercept.data.scenes.layout import FurnishedRoom

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxpercept.data.joints import KEYPOINTS
 from jaxpercept.data.scenes.builder import ELLIPSOID, Builder, Place, rounded
 from jaxpercept.data.scenes.palette import (
     Draws,
@@ -27,12 +28,6 @@ from jaxpercept.data.scenes.palette import (
 from jaxpercept.data.scenes.strokes import Point, bar, limb
 from jaxpercept.data.scenes.textures import TILE
 
-# COCO's order.
-KEYPOINTS = (
-    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",
-    "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip",
-    "left_knee", "right_knee", "left_ankle", "right_ankle",
-)  # fmt: skip
 # Metres from a joint to the farthest skin or cloth before it; what is nearer hides the joint.
 REACH = {"nose": 0.05, "eye": 0.035, "ear": 0.045, "shoulder": 0.15, "elbow": 0.08, "wrist": 0.08,
          "hip": 0.16, "knee": 0.1, "ankle": 0.1}  # fmt: skip

@@ -37,7 +37,7 @@ def dotted(rng, size, count=1):
 def centres(rgb, count):
     weight = rgb[..., :count].astype(np.float64)
     y, x = (np.mgrid[: rgb.shape[0], : rgb.shape[1]] + 0.5)[..., None]
-    total = weight.sum((0, 1))
+    total = np.maximum(weight.sum((0, 1)), 1e-9)  # 0 for a dot outside of the picture
     return np.stack([(x * weight).sum((0, 1)) / total, (y * weight).sum((0, 1)) / total], -1)
 
 
@@ -133,7 +133,7 @@ def test_flip_exchanges_left_and_right_keypoints(rng):
     names = DATASETS["coco_keypoints"].keypoint_names
     for number, name in enumerate(names):
         swap = {"left": "right", "right": "left"}
-        other = names.index(" ".join(swap.get(word, word) for word in name.split()))
+        other = names.index("_".join(swap.get(word, word) for word in name.split("_")))
         x, y, visible = record["keypoints"][other]
         expected = (60 - x, y, visible) if visible else (0, 0, 0)
         np.testing.assert_allclose(flipped[number], expected, atol=1e-5)

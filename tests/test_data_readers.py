@@ -12,7 +12,7 @@ from jaxpercept.data.palettes import (
     CITYSCAPES_IDS,
     NYU40_TO_13,
     PALETTES,
-    bit_colours,
+    spread_colours,
 )
 from jaxpercept.data.readers import (
     AXES,
@@ -245,8 +245,11 @@ def test_sizes_and_order_of_palettes():
     sizes = {"nyu40": 40, "nyu13": 13, "ade20k": 150, "cityscapes": 19, "camvid": 11, "vkitti": 14}
     assert {name: len(PALETTES[name].names) for name in sizes} == sizes
     assert PALETTES["scenes"].names == CLASSES
-    assert bit_colours(4) == ((128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
-    assert len(set(bit_colours(255))) == 255
+    colours = np.array(((0, 0, 0), *spread_colours(63)))
+    assert sorted(map(tuple, colours)) == list(itertools.product((0, 85, 170, 255), repeat=3))
+    apart = [np.linalg.norm(colours[:n] - colours[n], axis=1).min() for n in range(1, 64)]
+    assert (np.diff(apart) <= 0).all()
+    assert apart[0] == pytest.approx(255 * 3**0.5)
     assert sorted(CITYSCAPES_IDS.values()) == list(range(19))
     assert len(NYU40_TO_13) == 40
     assert set(NYU40_TO_13) == set(range(13))

@@ -1,9 +1,11 @@
 """Names and colours of the classes of semantic segmentation, by data set.
 
-Colours are those that each data set publishes, so that pictures look as everybody knows them; they
-are distinct, and none is black, which is void.
+Colours are those that each data set publishes, so that pictures look as everybody knows them, or
+else far apart (`spread_colours`); they are distinct, and none is black, which is void.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 from jaxpercept.data.scenes.builder import CLASSES
@@ -18,19 +20,19 @@ class Palette(NamedTuple):
     colours: tuple[Colour, ...]
 
 
-def bit_colours(count: int) -> tuple[Colour, ...]:
-    """PASCAL VOC's colour map without its first colour, black.
+def spread_colours(count: int) -> tuple[Colour, ...]:
+    """Colours far apart from black and from each other, the first ones, of common classes, most.
 
-    The bits of the class number, three at a time from the lowest, are the bits of red, green and
-    blue from the highest. `count` <= 255 colours are distinct.
+    Each is the one of 64, on four levels of each channel, that is farthest from those before it.
+    Painted classes want that: the decoder's errors and mixtures must stay nearest to their colour.
     """
-    return tuple(
-        tuple(
-            sum(((number >> (3 * place + channel)) & 1) << (7 - place) for place in range(8))
-            for channel in range(3)
-        )
-        for number in range(1, count + 1)
-    )
+    levels = range(0, 256, 85)
+    left = list(itertools.product(levels, levels, levels))
+    chosen = [left.pop(0)]
+    while len(chosen) <= count:
+        nearest = [min(math.dist(colour, other) for other in chosen) for colour in left]
+        chosen.append(left.pop(nearest.index(max(nearest))))
+    return tuple(chosen[1:])
 
 
 def _table(text: str) -> Palette:
@@ -312,9 +314,9 @@ flag 92 0 255
 """)
 
 PALETTES: dict[str, Palette] = {
-    "scenes": Palette(CLASSES, bit_colours(len(CLASSES))),
+    "scenes": Palette(CLASSES, spread_colours(len(CLASSES))),
     "nyu40": _NYU40,
-    "nyu13": Palette(_NYU13_NAMES, bit_colours(13)),
+    "nyu13": Palette(_NYU13_NAMES, spread_colours(13)),
     "cityscapes": _CITYSCAPES,
     "camvid": _CAMVID,
     "vkitti": _VKITTI,

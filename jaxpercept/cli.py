@@ -92,6 +92,13 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
         flag_values=flag_values,
     )
     flags.DEFINE_integer(
+        "pad_multiple",
+        0,
+        "Pad to multiples of so many pixels, such as 64: images of many sizes then share few "
+        "compiled programs, and predictions change a little; 0: as little as possible.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_integer(
         "num_inference_steps",
         None,
         "Denoising steps; default: the model's.",

@@ -113,13 +113,6 @@ flags.DEFINE_string(
     "eval_crop", None, "nyu, eigen, garg or none; default: the dataset's.", flag_values=FLAGS
 )
 cli.define_model_flags(FLAGS)
-flags.DEFINE_integer(
-    "pad_multiple",
-    0,
-    "Pad to multiples of so many pixels, such as 64: images of many sizes then share few compiled "
-    "programs, and predictions change a little; 0: as little as possible.",
-    flag_values=FLAGS,
-)
 flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAGS)
 OWN_FLAGS = tuple(FLAGS)
 REQUIRED = ("checkpoint",)

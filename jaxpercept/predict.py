@@ -62,13 +62,6 @@ flags.DEFINE_integer(
 flags.DEFINE_string("prompt", "", "For tasks that read text.", flag_values=FLAGS)
 cli.define_model_flags(FLAGS)
 flags.DEFINE_integer(
-    "pad_multiple",
-    0,
-    "Pad to multiples of so many pixels, such as 64: images of many sizes then share few compiled "
-    "programs, and predictions change a little; 0: as little as possible.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer(
     "tile",
     0,
     "Predict in overlapping tiles of so many pixels of the image and merge them; 0: no tiles.",

@@ -1,36 +1,22 @@
 """The doctor, called as its tests call it."""
 
 import json
-import logging as python_logging
 from pathlib import Path
 
+import commands
 import pytest
-from absl import logging
+from commands import restore_logging  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from jaxpercept import PerceptionPipeline, cli, doctor
+from jaxpercept import PerceptionPipeline, doctor
 from jaxpercept.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def restore_logging():
-    """A command sets up logging for the whole process."""
-    handler = logging.get_absl_handler()
-    root = python_logging.getLogger()
-    before = logging.get_verbosity(), handler.formatter, list(handler.filters), list(root.handlers)
-    yield
-    logging.set_verbosity(before[0])
-    handler.setFormatter(before[1])
-    handler.filters[:], root.handlers[:] = before[2], before[3]
-
-
 def door(*arguments: str) -> int:
-    """Run the command as the shell would, in this process."""
-    doctor.FLAGS.unparse_flags()
-    argv = ["doctor", *arguments]
-    return cli.call(doctor.main, argv, required=doctor.REQUIRED, flag_values=doctor.FLAGS)
+    """Run the command."""
+    return commands.door(doctor, *arguments)
 
 
 def check(folder, **named):

@@ -41,20 +41,25 @@ class Compiles(BaseException):
 # ---- checkpoints and what is done to them --------------------------------------------------------
 
 
-def write_whole(folder: Path) -> Path:
-    """Two whole checkpoints: "depth", in diffusers' layout, and "export", in Orbax."""
+@pytest.fixture(name="whole", scope="module")
+def whole_checkpoints(tmp_path_factory):
+    """A folder not to be changed: "depth", in diffusers' layout, and "export", in Orbax."""
+    folder = tmp_path_factory.mktemp("whole")
     families.FAMILIES["marigold_depth_v1_1"](folder / "depth")
     tiny_model.save(folder / "export", np.random.default_rng())
     return folder
 
 
-def copy_and_attack(
-    whole: Path, work: Path, name: str, attack: Callable[[Path], object] = lambda folder: None
-) -> Path:
-    """A copy of the checkpoint of that name, attacked: `work / "source"`."""
-    folder = Path(shutil.copytree(whole / name, work / "source"))
-    attack(folder)
-    return folder
+@pytest.fixture(name="broken")
+def broken_checkpoints(whole, tmp_path):
+    """`broken(name, attack)`: a copy of one of them, attacked."""
+
+    def copy(name: str, attack: Callable[[Path], object] = lambda folder: None) -> Path:
+        folder = Path(shutil.copytree(whole / name, tmp_path / "source"))
+        attack(folder)
+        return folder
+
+    return copy
 
 
 def change(file: str, **values):

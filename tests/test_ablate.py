@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tiny_run
-from test_doors import door, restore_logging  # noqa: F401
+from commands import door, restore_logging  # noqa: F401
 from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import ablate

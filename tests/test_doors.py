@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_model
 from absl import flags, logging
+from commands import door, restore_logging  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import config_flags
@@ -25,25 +26,6 @@ from jaxpercept.inference import image_files
 from jaxpercept.inference.outputs import ENDINGS
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
-
-
-@pytest.fixture
-def restore_logging():
-    """A command sets up logging for the whole process."""
-    handler = logging.get_absl_handler()
-    root = python_logging.getLogger()
-    before = logging.get_verbosity(), handler.formatter, list(handler.filters), list(root.handlers)
-    yield
-    logging.set_verbosity(before[0])
-    handler.setFormatter(before[1])
-    handler.filters[:], root.handlers[:] = before[2], before[3]
-
-
-def door(module, *arguments: str) -> int:
-    """Run a command as the shell would, in this process."""
-    module.FLAGS.unparse_flags()
-    argv = [module.__name__, *arguments]
-    return cli.call(module.main, argv, required=module.REQUIRED, flag_values=module.FLAGS)
 
 
 @pytest.fixture(scope="module")

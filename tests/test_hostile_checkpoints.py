@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import pickle
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch_checkpoints
+from commands import door, restore_logging  # noqa: F401
 from hostile import (
     DOORS,
     INDEX,
@@ -22,9 +22,9 @@ from hostile import (
     TOKENIZER,
     UNET,
     WEIGHTS,
+    broken_checkpoints,  # noqa: F401
     change,
     contents,
-    copy_and_attack,
     header,
     largest,
     nothing_compiles,
@@ -37,32 +37,18 @@ from hostile import (
     through_convert,
     through_load,
     through_pipeline,
+    whole_checkpoints,  # noqa: F401
     write,
-    write_whole,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_doors import door, restore_logging  # noqa: F401
 from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import PerceptionPipeline, convert, predict
 from jaxpercept.checkpoints import orbax
 from jaxpercept.checkpoints.load import load_model
 from jaxpercept.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Two whole checkpoints, not to be changed."""
-    return write_whole(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture
-def broken(whole, tmp_path):
-    """`broken(name, attack)`: a copy of one of them, attacked."""
-    return functools.partial(copy_and_attack, whole, tmp_path)
-
 
 # ---- code ----------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """Exports of this package that are broken or say what cannot be: one sentence."""
 
-import functools
 import json
 
 import numpy as np
@@ -12,8 +11,8 @@ from hostile import (
     OWN,
     UNET,
     Compiles,
+    broken_checkpoints,  # noqa: F401
     change,
-    copy_and_attack,
     nothing_compiles,
     refusal,
     refused_or_ready,
@@ -21,27 +20,14 @@ from hostile import (
     through_convert,
     through_load,
     through_pipeline,
+    whole_checkpoints,  # noqa: F401
     write,
-    write_whole,
 )
 
 from jaxpercept import PerceptionPipeline
 from jaxpercept.checkpoints import orbax
 from jaxpercept.checkpoints.load import load_model
 from jaxpercept.inference.opening import assemble
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Two whole checkpoints, not to be changed."""
-    return write_whole(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture
-def broken(whole, tmp_path):
-    """`broken(name, attack)`: a copy of one of them, attacked."""
-    return functools.partial(copy_and_attack, whole, tmp_path)
-
 
 # ---- jaxpercept.json -----------------------------------------------------------------------------
 

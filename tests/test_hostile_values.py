@@ -1,6 +1,5 @@
 """Values in config.json and its like that no model can have: one sentence, at no cost."""
 
-import functools
 import json
 import shutil
 import time
@@ -19,34 +18,21 @@ from hostile import (
     UNET,
     VAE,
     Compiles,
+    broken_checkpoints,  # noqa: F401
     change,
-    copy_and_attack,
     nothing_compiles,
     refusal,
     refused_or_ready,
     remove,
     through_convert,
     through_pipeline,
+    whole_checkpoints,  # noqa: F401
     write,
-    write_whole,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpercept import PerceptionPipeline
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Two whole checkpoints, not to be changed."""
-    return write_whole(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture
-def broken(whole, tmp_path):
-    """`broken(name, attack)`: a copy of one of them, attacked."""
-    return functools.partial(copy_and_attack, whole, tmp_path)
-
 
 # ---- configs -------------------------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 import tiny_model
+from commands import door, restore_logging  # noqa: F401
 from layout_cases import CASES, dis, write_copy
 from PIL import Image
-from test_doors import door, restore_logging  # noqa: F401
 from tiny_model import Mirror, one_device, quick_compile  # noqa: F401
 
 from jaxpercept import evaluate

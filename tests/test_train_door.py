@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tiny_model
 import tiny_run
+from commands import restore_logging  # noqa: F401
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from test_doors import restore_logging  # noqa: F401
 from tiny_model import quick_compile  # noqa: F401
 from tiny_run import base_of_module, data_of_module  # noqa: F401
 

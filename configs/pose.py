@@ -23,7 +23,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
 
 def _heat_maps(config: ConfigDict) -> ConfigDict:
-    return presets.dpt_head(presets.losses(config, mse=1.0))
+    return presets.dpt_head(presets.losses(config, mse=1.0, location=0.02))
 
 
 def _people(config: ConfigDict) -> ConfigDict:

@@ -49,6 +49,10 @@ def mattes(rng):
     return rng.uniform(-0.2, 1.2, (B, H, W, 1)), rng.uniform(0, 1, (B, H, W, 1))
 
 
+def heat_maps(rng):
+    return rng.uniform(-1, 1, (B, H, W, 3)), rng.uniform(-1, 1, (B, H, W, 3))
+
+
 def mask_logits(rng):
     return 3 * rng.normal(size=(B, H, W, 1)), rng.uniform(0, 1, (B, H, W, 1))
 
@@ -78,6 +82,7 @@ CASES = {
     "bce": Case(without_keys(losses.bce), mattes),
     "bce_logits": Case(without_keys(losses.bce_logits), mask_logits),
     "soft_iou": Case(without_keys(losses.soft_iou), mattes),
+    "location": Case(without_keys(losses.location), heat_maps),
     "cross_entropy": Case(without_keys(losses.cross_entropy), classes),
 }
 COMPILED = {name: jax.jit(jax.value_and_grad(case.loss)) for name, case in CASES.items()}

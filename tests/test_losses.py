@@ -76,7 +76,7 @@ def test_gradients_are_finite(rng, name, case):
     "name",
     [
         *("mse", "l1", "ssi", "ssi_median", "ssi_median_compat", "gradient", "gradient_scales"),
-        *("vertical", "hdn_random", "hdsn_random", "vnl"),
+        *("vertical", "hdn_random", "hdsn_random", "vnl", "location"),
     ],
 )
 def test_equal_maps_cost_nothing(rng, name):
@@ -102,7 +102,7 @@ def test_a_mean_is_made_of_its_parts(name, seed, share):
     np.testing.assert_allclose(total / int(mask.sum()), whole, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*ELEMENTWISE, "ssi", "ssi_median", "soft_iou"])
+@pytest.mark.parametrize("name", [*ELEMENTWISE, "ssi", "ssi_median", "soft_iou", "location"])
 @settings(max_examples=5, deadline=None)
 @given(seed=seeds)
 def test_the_order_of_pixels_does_not_matter(name, seed):
@@ -118,7 +118,7 @@ def test_the_order_of_pixels_does_not_matter(name, seed):
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ssi", "ssi_median", "gradient", "soft_iou"])
+@pytest.mark.parametrize("name", ["ssi", "ssi_median", "gradient", "soft_iou", "location"])
 def test_masked_rows_might_as_well_be_cut_off(rng, name):
     pred, target, mask, keys = sample(name, rng)
     mask = mask.at[:, 8:].set(False)

@@ -16,7 +16,7 @@ RANDOM = ["hdn_random", "hdsn_random", "vnl"]
 
 
 @pytest.mark.parametrize(
-    "name", ["mse", "ssi", "ssi_median", "gradient_scales", "soft_iou", *RANDOM]
+    "name", ["mse", "ssi", "ssi_median", "gradient_scales", "soft_iou", "location", *RANDOM]
 )
 def test_two_devices_give_the_value_of_one(rng, name):
     pred, target, mask, keys = sample(name, rng)

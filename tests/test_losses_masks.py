@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import assert_equals_torch, classes, mask_logits, mattes
+from loss_cases import assert_equals_torch, classes, heat_maps, mask_logits, mattes
 from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
@@ -39,6 +39,36 @@ def test_bce_equals_torch(rng):
         return F.binary_cross_entropy(q[m], t[m])
 
     assert_equals_torch(losses.bce, reference, pred, target, mask)
+
+
+def test_location_equals_torch(rng):
+    """And joints without a blob do not count."""
+    pred, target, mask = sample(rng, heat_maps)
+    target[1, ..., 2] = -1
+
+    def reference(q, t, m):
+        total = []
+        for i, channel in np.ndindex(*target.shape[::3]):
+            if (i, channel) != (1, 2):
+                a, b = (10 * x[i, ..., channel][m[i, ..., 0]] for x in (q, t))
+                total.append(F.kl_div(a.log_softmax(0), b.softmax(0), reduction="sum"))
+        return sum(total) / len(total)
+
+    assert_equals_torch(losses.location, reference, pred, target, mask)
+
+
+def test_a_guess_of_the_place_costs_less_than_an_empty_heat_map():
+    """For squared errors it is the other way round."""
+    y, x = np.mgrid[:48, :64]
+
+    def blob(row, sigma):
+        heat = 2 * np.exp(-((y - row) ** 2 + (x - 30) ** 2) / (2 * sigma**2)) - 1
+        return jnp.asarray(heat[None, ..., None], jnp.float32)
+
+    truth, guess, mask = blob(20, 2), blob(22, 6), jnp.ones((1, 48, 64, 1), bool)
+    empty = jnp.full_like(truth, -1)
+    assert losses.location(guess, truth, mask) < losses.location(empty, truth, mask) / 2
+    assert losses.mse(guess, truth, mask) > 2 * losses.mse(empty, truth, mask)
 
 
 @pytest.mark.parametrize("q", [-3.0, -0.5, 0.0, 0.005])

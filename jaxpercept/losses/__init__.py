@@ -11,6 +11,7 @@ keys from an example's index), so that a value does not depend on how a batch is
 
 from jaxpercept.losses.alignment import Line, fit_line, scale_and_shift
 from jaxpercept.losses.depth import gradient, ssi, ssi_median
+from jaxpercept.losses.heat_maps import location
 from jaxpercept.losses.hierarchical import hdn_random, hdsn_random
 from jaxpercept.losses.masked import l1, mse, pool_mask
 from jaxpercept.losses.masks import bce, bce_logits, cross_entropy, soft_iou
@@ -29,6 +30,7 @@ __all__ = [
     "hdn_random",
     "hdsn_random",
     "l1",
+    "location",
     "mse",
     "pool_mask",
     "scale_and_shift",

@@ -35,8 +35,8 @@ class PoseTask(Task):
     kind: ClassVar[str] = "keypoints"
     channels: ClassVar[int] = len(_MIRRORED)
     fields: ClassVar[tuple[str, ...]] = ("keypoints",)
-    loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1")
-    default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0}
+    loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1", "location")
+    default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0, "location": 0.02}
 
     def encode_target(self, batch: Mapping[str, Array]) -> Target:
         """exp(−r² / 2σ²) around each joint, in [-1, 1]; absent joints have no blob.
@@ -69,6 +69,7 @@ class PoseTask(Task):
         return {
             "mse": lambda: losses.mse(decoded, target.values, target.mask),
             "l1": lambda: losses.l1(decoded, target.values, target.mask),
+            "location": lambda: losses.location(decoded, target.values, target.mask),
         }
 
     def mirror(self, prediction: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

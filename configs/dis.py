@@ -5,7 +5,8 @@
 trains `sd-tiny` on procedural scenes with one salient object, offline: minutes on two CPU cores.
 Presets, after a colon:
 
-`dis.py:masks`   your images: `--config.data_dir=DIR` with image/ and mask/.
+`dis.py:masks`   your images: `--config.data_dir=DIR` with image/ and mask/. All of them are trained
+                 on, and evaluated: keep some apart for `evaluate --dataset=masks`.
 `dis.py:sd21`    the paper's recipe on Stable Diffusion 2.1 with DIS5K, at 768 px, the loss on
                  decoded masks; needs an accelerator and `--config.data_dir=DIR` of DIS5K.
 

@@ -47,8 +47,10 @@ def _logits(config: ConfigDict) -> ConfigDict:
 
 
 def _painted(config: ConfigDict) -> ConfigDict:
-    # sd-tiny's decoder blurs borders and mixes colours, so that it is trained, too.
-    return presets.trained_decoder(presets.losses(config, mse=1.0), rate=0.5)
+    # sd-tiny's decoder blurs borders and mixes colours, so that it is trained, too. Between two
+    # classes squared errors want their mixture, which is the colour of a third; absolute ones the
+    # likelier of the two.
+    return presets.trained_decoder(presets.losses(config, l1=1.0), rate=0.5)
 
 
 def _scenes(config: ConfigDict) -> ConfigDict:

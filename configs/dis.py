@@ -2,7 +2,8 @@
 
     python -m jaxpercept.train --config=configs/dis.py
 
-trains `sd-tiny` on procedural scenes with one salient object, offline: minutes on two CPU cores.
+trains `sd-tiny` on procedural scenes with one salient object, offline: 11 minutes on two CPU cores
+to a max F of 0.58 (an ellipse in the middle: 0.27).
 Presets, after a colon:
 
 `dis.py:masks`   your images: `--config.data_dir=DIR` with image/ and mask/. All of them are trained

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from families_torch import quiet
 from safetensors.numpy import load_file
-from tiny_model import quick_compile  # noqa: F401
+from tiny_model import one_device, quick_compile  # noqa: F401
 
 from jaxpercept import PerceptionPipeline, convert
 from jaxpercept.checkpoints import orbax
@@ -31,6 +31,10 @@ from jaxpercept.training import sharding
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SIZE = (32, 48)
+
+
+def opened(source, **options):
+    return PerceptionPipeline.from_pretrained(source, mesh=one_device(), **options)
 
 
 def tensors(folder):
@@ -106,14 +110,12 @@ def test_diffusers_to_orbax_and_back_is_bit_equal(name, base, tmp_path):
 def test_families_keep_what_was_named(tmp_path, rng):
     family = families.FAMILIES["e2e_ft_normals"](tmp_path / "source", 2)
     image = rng.integers(0, 256, (*SIZE, 3)).astype(np.uint8)
-    before = PerceptionPipeline.from_pretrained(family.folder, task="normals")(
-        image, processing_resolution=0
-    )
+    before = opened(family.folder, task="normals")(image, processing_resolution=0)
     for format in ("orbax", "diffusers"):
         folder = convert.convert(
             str(family.folder), tmp_path / format, format=format, task="normals"
         )
-        after = PerceptionPipeline.from_pretrained(folder)(image, processing_resolution=0)
+        after = opened(folder)(image, processing_resolution=0)
         np.testing.assert_array_equal(after.prediction, before.prediction)
         assert after.kind == "normals"
 
@@ -122,8 +124,8 @@ def test_families_keep_what_was_named(tmp_path, rng):
 def test_trained_model_predicts_the_same_in_torch(trained, tmp_path, rng):
     folder = convert.convert(str(trained), tmp_path / "out", format="diffusers")
     image = rng.random((1, *SIZE, 3), np.float32)
-    ours = PerceptionPipeline.from_pretrained(trained)(image).prediction
-    again = PerceptionPipeline.from_pretrained(folder)(image).prediction
+    ours = opened(trained)(image).prediction
+    again = opened(folder)(image).prediction
     np.testing.assert_array_equal(again, ours)
 
     with quiet():
@@ -150,22 +152,22 @@ def test_marigold_pipeline_of_diffusers_runs_a_one_step_model(trained, base, tmp
         str(trained), tmp_path / "out", format="diffusers", layout="marigold", base=str(base)
     )
     image = rng.random((37, 45, 3), np.float32)  # neither the training's size nor divisible
-    ours = PerceptionPipeline.from_pretrained(trained)(image).prediction
+    ours = opened(trained)(image).prediction
     with quiet():
         pipe = MarigoldDepthPipeline.from_pretrained(folder, local_files_only=True)
         pipe.set_progress_bar_config(disable=True)
         theirs = pipe(torch.from_numpy(image).permute(2, 0, 1)[None]).prediction
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    opened = PerceptionPipeline.from_pretrained(folder)
-    assert opened.perception.recipe.family == "marigold"
-    np.testing.assert_allclose(opened(image).prediction, ours, atol=1e-5)
+    again = opened(folder)
+    assert again.perception.recipe.family == "marigold"
+    np.testing.assert_allclose(again(image).prediction, ours, atol=1e-5)
 
 
 def test_stablehlo_runs_without_this_package_for_any_batch(trained, tmp_path, rng):
     folder = convert.convert(str(trained), tmp_path / "out", format="stablehlo")
     program = jax.export.deserialize((folder / "model.stablehlo").read_bytes())
     weights = load_file(folder / "weights.safetensors")
-    pipe = PerceptionPipeline.from_pretrained(trained)
+    pipe = opened(trained)
     predict = jax.jit(program.call)
     for batch in (1, 3):
         images = rng.integers(0, 256, (batch, *SIZE, 3)).astype(np.uint8)
@@ -185,7 +187,7 @@ def test_stablehlo_of_a_model_that_starts_from_noise(tmp_path, rng):
     weights = load_file(folder / "weights.safetensors")
     images = rng.integers(0, 256, (2, 32, 64, 3)).astype(np.uint8)
     noise = rng.standard_normal((2, 16, 32, 4), np.float32)
-    ours = PerceptionPipeline.from_pretrained(family.folder)(images, latents=noise).prediction
+    ours = opened(family.folder)(images, latents=noise).prediction
     np.testing.assert_allclose(jax.jit(program.call)(weights, images, noise), ours, atol=2e-5)
 
 

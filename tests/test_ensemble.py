@@ -129,15 +129,19 @@ def searches(monkeypatch):
 
 @on_x86
 def test_search_options(rng, exact_roots, searches):
-    maps = members(rng, 4, 30, 50)
     options = {"regularizer_strength": 0.3, "max_iter": 4, "tol": 1e-2, "max_res": 33}
-    ours = ensemble_depth(maps, **options)
-    assert_close(ours, theirs(maps, **options), 2e-6)
-    assert searches[0][0] == searches[1][0]
-    assert searches[0][0]["options"]["maxiter"] == 4
-    for name in ("regularizer_strength", "max_res"):
-        others = ensemble_depth(maps, **{k: v for k, v in options.items() if k != name})
-        assert np.abs(others[0] - ours[0]).max() > 1e-5, name
+    changed = dict.fromkeys(("regularizer_strength", "max_res"), 0.0)
+    for _ in range(4):  # a search may stay where it starts, whatever the options
+        searches.clear()
+        maps = members(rng, 4, 30, 50)
+        ours = ensemble_depth(maps, **options)
+        assert_close(ours, theirs(maps, **options), 2e-6)
+        assert searches[0][0] == searches[1][0]
+        assert searches[0][0]["options"]["maxiter"] == 4
+        for name in changed:
+            others = ensemble_depth(maps, **{k: v for k, v in options.items() if k != name})
+            changed[name] = max(changed[name], np.abs(others[0] - ours[0]).max())
+    assert min(changed.values()) > 1e-5
 
 
 @on_x86

@@ -47,6 +47,11 @@ def sights(
         for part in (None, columns, millimetres)
     )
     total = float(flat.size)
+    for n in range(1, len(things) + 1):
+        if not rows[n] and count[n] >= TRACE * total:  # all of it lies between those pixels
+            where = np.nonzero(instance == n)
+            rows[n], x[n] = count[n], float(where[1].sum())
+            z[n] = float(np.floor(depth[where] * np.float32(1000.0)).sum())
     found = [
         Sight(n, things[n - 1], count[n] / total, (x[n] / rows[n] + 0.5) / width,
               0.001 * z[n] / rows[n])

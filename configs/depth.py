@@ -36,9 +36,7 @@ def _scenes(config: ConfigDict) -> ConfigDict:
 
 
 def _nyuv2(config: ConfigDict) -> ConfigDict:
-    config = presets.augmented(presets.tiny(config))
-    config.steps = 1800
-    config.evaluation.limit = 0
+    config = presets.tiny_real(config)
     return presets.trained_on(config, {"nyuv2": 0.5, "furnished": 0.5}, "nyuv2")
 
 

@@ -61,10 +61,7 @@ def _scenes_dpt(config: ConfigDict) -> ConfigDict:
 
 
 def _real(config: ConfigDict, dataset: str, palette: str) -> ConfigDict:
-    config = presets.augmented(presets.tiny(config))
-    config.steps = 1800
-    config.evaluation.limit = 0
-    return _classes(config, dataset, palette)
+    return _classes(presets.tiny_real(config), dataset, palette)
 
 
 def _nyuv2(config: ConfigDict) -> ConfigDict:

@@ -120,6 +120,14 @@ def augmented(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def tiny_real(config: ConfigDict) -> ConfigDict:
+    """`tiny` on real images: longer, augmented, evaluated on the whole test set."""
+    config = augmented(tiny(config))
+    config.steps = 1800
+    config.evaluation.limit = 0
+    return config
+
+
 # ---- variations ----------------------------------------------------------------------------------
 
 

@@ -223,6 +223,8 @@ def test_predict_refuses_what_cannot_work(checkpoint, tmp_path, rng):
         predict.predict(str(checkpoint), photo, tmp_path / "file")
     with pytest.raises(UserError, match="reads no text"):
         predict.predict(str(checkpoint), photo, tmp_path / "out", prompt="a chair")
+    with pytest.raises(UserError, match="gone is not there"):
+        predict.predict(str(checkpoint), photo, tmp_path / "out", lora=tmp_path / "gone")
     assert not list((tmp_path / "out").rglob("*.npy"))
 
 
@@ -299,6 +301,7 @@ def test_evaluate_refuses_what_cannot_work(checkpoint, dataset, tmp_path, rng, c
         ([*base, "--dataset=nyu3"], "nyu3"),
         ([*base, "--dataset=folder", f"--data_dir={dataset}", "--eval_crop=round"], "round"),
         ([*base, "--dataset=folder", f"--data_dir={dataset}", "--depth_scale=-1"], "depth_scale"),
+        ([*base, "--dataset=scenes", f"--lora={tmp_path / 'gone'}"], "gone is not there"),
         ([f"--checkpoint={bare}", "--dataset=scenes"], "fine-tune it"),
     ]:
         assert door(evaluate, *arguments) == 1

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jaxpercept.data import scenes
-from jaxpercept.data.scenes.builder import Parts
-from jaxpercept.data.scenes.language import MAX_WORDS, SEEN
+from jaxpercept.data.scenes.builder import Parts, Thing
+from jaxpercept.data.scenes.language import MAX_WORDS, SEEN, phrases, sights
 from jaxpercept.data.scenes.palette import Draws, rotation
 from jaxpercept.data.scenes.plan import Layout
 from jaxpercept.errors import UserError
@@ -246,6 +246,21 @@ def test_sizes_render_the_same_scene(render, index, size):
     np.testing.assert_allclose(3 * coarse["intrinsics"], fine["intrinsics"], rtol=1e-6)
     blurred = fine["rgb"].reshape(height, 3, width, 3, 3).mean((1, 3))
     assert np.abs(blurred - coarse["rgb"]).mean() < 25
+
+
+def test_what_lies_between_the_sampled_pixels_is_a_rival_too():
+    """Places are taken from every second pixel of every second row."""
+    things = [Thing("box", "", 1.0, "floor")] * 2
+    instance = np.zeros((40, 60), np.int32)
+    instance[10:20, 10:30] = 1
+    instance[31, 40:50] = 2
+    depth = np.where(instance == 2, 3.0, 2.0)[..., None].astype(np.float32)
+    seen = sights(things, instance, depth)
+    assert [(sight.id, sight.share * 2400) for sight in seen] == [(1, 200), (2, 10)]
+    assert seen[1].x == pytest.approx(45 / 60)
+    assert seen[1].depth == pytest.approx(3.0, abs=1e-3)
+    assert ("the box", 1) not in phrases(seen)
+    assert ("the box on the left", 1) in phrases(seen)
 
 
 def test_phrases_name_visible_objects_and_only_one_each(render, rng):

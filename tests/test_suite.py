@@ -18,8 +18,8 @@ from jaxpercept.data.datasets import DATASETS
 from jaxpercept.errors import UserError
 from jaxpercept.inference import suite as suites
 from jaxpercept.inference.evaluator import EvalResult, Evaluator
-from jaxpercept.inference.measures import MEASURES as EVALUATED
-from jaxpercept.inference.published import MEASURES, PUBLISHED
+from jaxpercept.inference.measures import MEASURES
+from jaxpercept.inference.published import PUBLISHED, REPORTED
 from jaxpercept.inference.report import write_report
 from jaxpercept.inference.suite import SUITES, run_suite
 from jaxpercept.metrics.depth import METRICS
@@ -275,13 +275,13 @@ def test_published_figures_have_the_suites_names_and_units(suite):
     """In the tables' own scale: shares below 1 (not per cent), angles in degrees."""
     names = {entry.name for entry in SUITES[suite]}
     kind = {"depth": "affine_depth", "dis": "mask", "matting": "alpha", "seg": "classes"}
-    shown = list(EVALUATED[kind.get(suite, suite)].columns.values())
-    for measure in MEASURES[suite]:
+    shown = list(MEASURES[kind.get(suite, suite)].columns.values())
+    for measure in REPORTED[suite]:
         assert measure.removeprefix("pooled_") in shown
     for model in PUBLISHED[suite]:
         assert model.figures.keys() <= names
         for values in model.figures.values():
-            assert len(values) == len(MEASURES[suite])
-            for measure, value in zip(MEASURES[suite], values, strict=True):
+            assert len(values) == len(REPORTED[suite])
+            for measure, value in zip(REPORTED[suite], values, strict=True):
                 low, high = {"pooled_mean": (10, 50), "sad": (5, 100)}.get(measure, (0, 1))
                 assert value is None or low < value < high

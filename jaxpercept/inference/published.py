@@ -15,7 +15,7 @@ class Published(NamedTuple):
     Attributes:
         model: its name and settings.
         source: where the figures are from.
-        figures: dataset of the suite -> values, in the order of `MEASURES` of the suite; None where
+        figures: dataset of the suite -> values, in the order of `REPORTED`; None where
             a value is not known.
     """
 
@@ -24,7 +24,7 @@ class Published(NamedTuple):
     figures: Mapping[str, tuple[float | None, ...]]
 
 
-MEASURES = {
+REPORTED = {
     "depth": ("abs_rel", "delta1"),
     "normals": ("pooled_mean",),
     "dis": ("max_f",),

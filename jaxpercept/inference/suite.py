@@ -21,7 +21,7 @@ from jaxpercept.errors import UserError
 from jaxpercept.inference.evaluator import EvalResult
 from jaxpercept.inference.measures import check_dataset, measure_of
 from jaxpercept.inference.outputs import atomic, save_png
-from jaxpercept.inference.published import MEASURES, PUBLISHED
+from jaxpercept.inference.published import PUBLISHED, REPORTED
 from jaxpercept.inference.report import METRICS, PICTURE, rows_of
 from jaxpercept.tasks import Task
 
@@ -293,7 +293,7 @@ def markdown(suite: str, lines: Sequence[Line], rest: Sequence[Entry] = ()) -> s
 
 def _published(suite: str) -> list[str]:
     """A table of the papers' figures, one column a dataset."""
-    models, names = PUBLISHED[suite], MEASURES[suite]
+    models, names = PUBLISHED[suite], REPORTED[suite]
     entries = [e for e in SUITES[suite] if any(e.name in model.figures for model in models)]
     text = [f"Published, {' / '.join(names)}, for orientation: protocols differ in details.", ""]
     text.append("| " + " | ".join(["", *(entry.title for entry in entries), "source"]) + " |")

@@ -14,10 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxpercept import losses
+from jaxpercept.data.joints import FLIP_PAIRS, KEYPOINTS
 from jaxpercept.tasks.base import Target, Task, Terms
 
-# The other side of each of COCO's 17 joints.
-_MIRRORED = np.array([0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15])
+# The other side of each joint.
+_OTHER = dict(FLIP_PAIRS) | {right: left for left, right in FLIP_PAIRS}
+_MIRRORED = np.array([_OTHER.get(joint, joint) for joint in range(len(KEYPOINTS))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class PoseTask(Task):
 
     name: ClassVar[str] = "pose"
     kind: ClassVar[str] = "keypoints"
-    channels: ClassVar[int] = len(_MIRRORED)
+    channels: ClassVar[int] = len(KEYPOINTS)
     fields: ClassVar[tuple[str, ...]] = ("keypoints",)
     loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1", "location")
     default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0, "location": 0.02}

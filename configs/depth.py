@@ -10,6 +10,9 @@ ones: on two CPU cores 4 to 5 minutes, AbsRel 0.074 (best constant: 0.348). Pres
 `depth.py:nyuv2`    real images and furnished rooms: `--config.data_dir=DIR` of NYUv2 with train.txt
                     and test.txt. On two CPU cores `--config.steps=6200` takes 56 minutes: AbsRel
                     0.187; on its way there, after 1550 steps and 15 minutes, 0.199.
+`depth.py:folder`   your images, and furnished rooms: `--config.data_dir=DIR` with rgb/NAME.*
+                    and depth/NAME.* (docs/data.md). A tenth of them is held out and evaluated
+                    (`--config.data.options.folder.held_out`, `.depth_scale`).
 `depth.py:sd21`     the paper's recipe on Stable Diffusion 2.1; needs an accelerator, Hypersim and
                     Virtual KITTI 2 (`--config.data.options.hypersim.data_dir=DIR`, likewise
                     `vkitti`) and `--config.checkpoint=DIR_OR_HUB_ID`.
@@ -25,7 +28,13 @@ from jaxpercept import presets
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of a preset."""
-    choices = {"": presets.tiny, "scenes": _scenes, "nyuv2": _nyuv2, "sd21": _sd21}
+    choices = {
+        "": presets.tiny,
+        "scenes": _scenes,
+        "nyuv2": _nyuv2,
+        "folder": _folder,
+        "sd21": _sd21,
+    }
     return presets.choose("configs/depth.py", preset, choices, presets.one_step("depth"))
 
 
@@ -38,6 +47,10 @@ def _scenes(config: ConfigDict) -> ConfigDict:
 def _nyuv2(config: ConfigDict) -> ConfigDict:
     config = presets.tiny_real(config)
     return presets.trained_on(config, {"nyuv2": 0.5, "furnished": 0.5}, "nyuv2")
+
+
+def _folder(config: ConfigDict) -> ConfigDict:
+    return presets.of_ones_own(config, "folder", beside="furnished")
 
 
 def _sd21(config: ConfigDict) -> ConfigDict:

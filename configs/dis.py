@@ -6,8 +6,8 @@ trains `sd-tiny` on procedural scenes with one salient object, offline: 11 minut
 to a max F of 0.58 (an ellipse in the middle: 0.27).
 Presets, after a colon:
 
-`dis.py:masks`   your images: `--config.data_dir=DIR` with image/ and mask/. All of them are trained
-                 on, and evaluated: keep some apart for `evaluate --dataset=masks`.
+`dis.py:masks`   your images, and as many scenes: `--config.data_dir=DIR` with image/ and mask/. A
+                 tenth of them is held out and evaluated (`--config.data.options.masks.held_out`).
 `dis.py:sd21`    the paper's recipe on Stable Diffusion 2.1 with DIS5K, at 768 px, the loss on
                  decoded masks; needs an accelerator and `--config.data_dir=DIR` of DIS5K.
 
@@ -26,16 +26,17 @@ def get_config(preset: str = "") -> ConfigDict:
 
 
 def _objects(config: ConfigDict) -> ConfigDict:
-    # Latent cells are too coarse for thin structures: the decoder is trained on them, too.
-    config = presets.losses(presets.tiny(config), mse=1.0, bce=0.2, iou=0.2)
-    config = presets.trained_decoder(config, rate=0.5)
-    return presets.trained_on(config, {"objects": 1.0}, "objects")
+    return presets.trained_on(_thin(presets.tiny(config)), {"objects": 1.0}, "objects")
 
 
 def _masks(config: ConfigDict) -> ConfigDict:
-    config = presets.augmented(presets.tiny(config))
-    config.steps = 1800
-    return presets.trained_on(config, {"masks": 0.5, "objects": 0.5}, "masks")
+    return _thin(presets.of_ones_own(config, "masks", beside="objects"))
+
+
+def _thin(config: ConfigDict) -> ConfigDict:
+    # Latent cells are too coarse for thin structures: the decoder is trained on them, too.
+    config = presets.losses(config, mse=1.0, bce=0.2, iou=0.2)
+    return presets.trained_decoder(config, rate=0.5)
 
 
 def _sd21(config: ConfigDict) -> ConfigDict:

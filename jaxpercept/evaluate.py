@@ -3,6 +3,7 @@
     python -m jaxpercept.evaluate --checkpoint=runs/depth --dataset=scenes --limit=64
     python -m jaxpercept.evaluate --checkpoint=runs/depth --dataset=nyuv2 --data_dir=DIR
     python -m jaxpercept.evaluate --checkpoint=runs/depth --dataset=folder --data_dir=DIR
+    python -m jaxpercept.evaluate --checkpoint=runs/a --dataset=masks --data_dir=D --held_out=0.1
     python -m jaxpercept.evaluate --checkpoint=runs/seg --dataset=camvid --data_dir=DIR --split=val
     python -m jaxpercept.evaluate --checkpoint=runs/depth --suite=depth --data_root=DATASETS
 
@@ -77,6 +78,12 @@ flags.DEFINE_string(
     flag_values=FLAGS,
 )
 flags.DEFINE_string("split", None, "Default: the dataset's test split.", flag_values=FLAGS)
+flags.DEFINE_float(
+    "held_out",
+    None,
+    "The share that a training kept apart of files that nobody has split: evaluate only those.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_integer("batch_size", 8, "Images at a time.", flag_values=FLAGS)
 flags.DEFINE_integer(
     "limit", 0, "Evaluate this many images, spread evenly; 0: all.", flag_values=FLAGS
@@ -117,7 +124,10 @@ flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAG
 OWN_FLAGS = tuple(FLAGS)
 REQUIRED = ("checkpoint",)
 # What says something about one dataset.
-_OF_ONE = ("dataset", "data_dir", "split", "depth_scale", "min_depth", "max_depth", "eval_crop")
+_OF_ONE = (
+    *("dataset", "data_dir", "split", "held_out"),
+    *("depth_scale", "min_depth", "max_depth", "eval_crop"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +233,7 @@ def evaluate(
     depth_scale: float | None = None,
     output: str | Path | None = None,
     split: str | None = None,
+    held_out: float | None = None,
     batch_size: int = 8,
     limit: int = 0,
     processing_resolution: int | None = None,
@@ -243,6 +254,7 @@ def evaluate(
     """
     model = open_model(checkpoint, **opening)
     overrides = {"depth_scale": depth_scale, "min_depth": min_depth, "max_depth": max_depth}
+    overrides["held_out"] = held_out
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if eval_crop is not None:
         overrides["eval_crop"] = None if eval_crop == "none" else eval_crop

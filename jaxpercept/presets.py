@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from jaxpercept.config import base_config
 from jaxpercept.data.datasets import DATASETS
@@ -108,6 +108,18 @@ def trained_on(config: ConfigDict, mixture: Mapping[str, float], evaluated_on: s
     files = [name for name in {**mixture, evaluated_on: 0} if DATASETS[name].needs_data_dir]
     folders = {name: {"data_dir": config.get_oneway_ref("data_dir")} for name in files}
     config.data.options = ConfigDict(folders)
+    return config
+
+
+def of_ones_own(config: ConfigDict, name: str, beside: str) -> ConfigDict:
+    """Half files of one's own, a tenth of which is held out to evaluate on; half rendered scenes.
+
+    name: "folder" or "masks"; its files are in `data_dir`.
+    """
+    config = trained_on(tiny_real(config), {name: 0.5, beside: 0.5}, name)
+    config.data.options[name].held_out = 0.1
+    if name == "folder":
+        config.data.options[name].depth_scale = config_dict.placeholder(float)
     return config
 
 

@@ -111,6 +111,44 @@ def test_folder_scale_follows_the_format(tmp_path, rng):
     assert len(open_dataset("folder", data_dir=folder, depth_scale=1000)) == 2
 
 
+def names(**options):
+    return set(open_dataset("folder", **options).source.names)
+
+
+def test_held_out_images_are_evaluated_and_not_trained_on(tmp_path):
+    folder = write_list_dataset(tmp_path, [np.ones((1, 2))] * 60)
+    held_out = names(data_dir=folder, held_out=0.3, evaluation=True)
+    trained = names(data_dir=folder, held_out=0.3)
+    assert not held_out & trained
+    assert held_out | trained == names(data_dir=folder) == names(data_dir=folder, evaluation=True)
+    assert 6 <= len(held_out) <= 30  # names are fixed: so is this number
+    smaller = names(data_dir=folder, held_out=0.1, evaluation=True)
+    assert smaller < held_out
+    write_list_dataset(folder, [np.ones((1, 2))] * 90)  # more images: nobody changes sides
+    assert held_out < names(data_dir=folder, held_out=0.3, evaluation=True)
+    assert trained < names(data_dir=folder, held_out=0.3)
+    # Every field follows its image.
+    source = open_dataset("folder", data_dir=folder, held_out=0.3).source
+    for name, image, depth in zip(
+        source.names, source.columns["rgb"], source.columns["depth"], strict=True
+    ):
+        assert Path(image).stem == Path(depth).stem == name
+
+
+@pytest.mark.parametrize(
+    ("name", "held_out", "message"),
+    [
+        ("folder", 1.0, "held_out of dataset folder is a share from 0 to below 1, not 1.0"),
+        ("folder", 1e-9, r"held_out=1e-09 leaves none of the 2 images of dataset folder to eval"),
+        ("scenes", 0.1, "Dataset scenes has splits of its own; leave held_out away"),
+    ],
+)
+def test_shares_that_cannot_be_held_out(tmp_path, name, held_out, message):
+    folder = write_list_dataset(tmp_path, [np.ones((1, 2))] * 2)
+    with pytest.raises(UserError, match=message):
+        open_dataset(name, data_dir=folder, held_out=held_out, evaluation=True)
+
+
 def test_file_mask_restricts_valid(tmp_path, rng):
     depth = rng.uniform(1, 5, (8, 9, 1)).astype(np.float32)
     mask = rng.random((8, 9)) < 0.5

@@ -62,6 +62,7 @@ def test_the_evaluation_reads_files_as_the_training_does(base, tmp_path, monkeyp
 
     monkeypatch.setattr(observers, "Evaluator", evaluator)
     own = {"data_dir": "mine", "depth_scale": 500.0, "normals_axes": "left_up_back"}
+    own["held_out"] = 0.1
     changes = {
         "data__mixture": {"folder": 1.0},
         "data__options": {"folder": {**own, "max_depth": 3.0}},
@@ -79,5 +80,6 @@ def test_the_evaluation_reads_files_as_the_training_does(base, tmp_path, monkeyp
     assert given["overrides"] == {
         "depth_scale": 500.0,
         "normals_axes": "left_up_back",
+        "held_out": 0.1,
         "eval_crop": "nyu",
     }

@@ -124,6 +124,8 @@ def test_a_preset_builds(stem, name, sd21, monkeypatch):
         ("pose.py", {"task_options.sigma": 0.25, "evaluation.limit": 3}),
         ("seg.py", {"task_options.palette": "nyu40", "lora.rank": 4}),
         ("depth.py:sd21", {"data.options.hypersim.data_dir": "/h", "data_dir": "/d"}),
+        ("depth.py:folder", {"data.options.folder.depth_scale": 5.0, "evaluation.limit": 2}),
+        ("dis.py:masks", {"data.options.masks.held_out": 0.3}),
     ],
 )
 def test_what_the_docs_name_can_be_changed_on_the_command_line(monkeypatch, preset, arguments):
@@ -144,7 +146,9 @@ def test_what_the_docs_name_can_be_changed_on_the_command_line(monkeypatch, pres
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"configs/depth\.py has the presets scenes, nyuv2, sd21"):
+    with pytest.raises(
+        ValueError, match=r"configs/depth\.py has the presets scenes, nyuv2, folder"
+    ):
         MODULES["depth"].get_config("sd3")
     with pytest.raises(UserError, match="depth has no loss 'angular'"):
         presets.losses(presets.one_step("depth"), angular=1.0)

@@ -17,6 +17,7 @@ from jaxpercept.data.readers import VOID
 from jaxpercept.data.row import TARGETS, Dataset
 from jaxpercept.data.rows import DATASETS
 from jaxpercept.data.rows.own import TEST_SCENES, TRAIN_SCENES
+from jaxpercept.data.sources import FileSource
 from jaxpercept.data.transforms import crop
 from jaxpercept.errors import UserError
 
@@ -172,6 +173,7 @@ def open_dataset(
     resolution: tuple[int, int] = (480, 640),
     evaluation: bool = False,
     targets: Collection[str] | None = None,
+    held_out: float = 0.0,
     **options: Any,
 ) -> Records:
     """Opens one split of a dataset of the table and checks that its files are there.
@@ -186,6 +188,9 @@ def open_dataset(
         number of examples must be, or should be, the published one.
       targets: of `TARGETS`: which files are read, and what `valid` is the intersection of; none at
         all reads images. None means depth if the dataset has it, else all that it has.
+      held_out: of files that nobody has split: evaluation gets about this share of the images and
+        training the others; 0 gives all to both. An image's name alone decides, so that it does not
+        change sides when others are added.
       options: values that replace those of the row (`depth_scale`, `min_depth`, `max_depth`,
         `crop`, `eval_crop`) or that its source takes (`list_file`, `normals_axes`, `size`, ...).
 
@@ -221,12 +226,35 @@ def open_dataset(
         layout=row.layout,
     )
     source = row.open_source(request, **options)
+    if held_out:
+        source = _one_side(source, name, held_out, evaluation)
     row = _checked(dataclasses.replace(row, **changes))
     if row.depth_scale is None:
         row = dataclasses.replace(row, depth_scale=_scale_of_format(source))
     if evaluation:
         _check_length(row, source, split)
     return Records(row, source, split=split, targets=targets, evaluation=evaluation)
+
+
+def _one_side(source: Any, name: str, held_out: float, evaluation: bool) -> FileSource:
+    """The images that are held out for evaluation, or the others."""
+    if not 0 < held_out < 1:
+        raise UserError(f"held_out of dataset {name} is a share from 0 to below 1, not {held_out}.")
+    if not isinstance(source, FileSource):
+        raise UserError(f"Dataset {name} has splits of its own; leave held_out away.")
+    side = source.subset(lambda image: (_place(image) < held_out) == evaluation)
+    if not len(side):
+        kind = "evaluation" if evaluation else "training"
+        raise UserError(
+            f"held_out={held_out} leaves none of the {len(source)} images of dataset {name} to "
+            f"{kind}; change the share or add images."
+        )
+    return side
+
+
+def _place(name: str) -> float:
+    """A place in [0, 1), always the same for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
 
 
 def _checked_targets(row: Dataset, targets: Collection[str] | None) -> tuple[str, ...]:

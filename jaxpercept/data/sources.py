@@ -88,6 +88,12 @@ class FileSource:
         masks = [example.pop(field) for field in MASKS if field in example]
         return example | ({"mask": np.logical_and.reduce(masks)} if masks else {})
 
+    def subset(self, keep: Callable[[str], bool]) -> "FileSource":
+        """The examples whose names are to be kept: no published number is expected of them."""
+        kept = [i for i, name in enumerate(self.names) if keep(name)]
+        columns = {field: [paths[i] for i in kept] for field, paths in self.columns.items()}
+        return FileSource(self.root, [self.names[i] for i in kept], columns, self._readers)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root}, {len(self)} examples)"
 

@@ -27,7 +27,7 @@ from jaxpercept.training.setup import Setup
 _COLUMNS = 8
 # Options of a training dataset that say how its files are to be read; others choose examples.
 _READING = (
-    *("depth_scale", "normals_axes", "first_class", "columns"),
+    *("depth_scale", "normals_axes", "first_class", "columns", "held_out"),
     *("persons", "margin", "min_keypoints"),
 )
 

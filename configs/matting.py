@@ -9,9 +9,13 @@ CPU cores to a SAD of 0.90 (the mean opacity: 2.04). Presets, after a colon:
                       alpha/NAME.*. A tenth of them is held out and evaluated
                       (`--config.data.options.folder.held_out`).
 `matting.py:sd21`     the paper's recipe on Stable Diffusion 2.1 with P3M-10k, at 768 px, the loss
-                      on decoded mattes; needs an accelerator and `--config.data_dir` of P3M-10k.
+                      on decoded mattes:
 
-What was measured is in docs/results.md; `sd21` has not been run by us.
+    python -m jaxpercept.train --config=configs/matting.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
+        --config.data_dir=DIR_OF_P3M10K
+
+The authors trained on one H100; expected SAD on P3M-500-NP: 12.77 (one copy of the paper's table).
+Not run by us. What was measured is in docs/results.md.
 """
 
 from ml_collections import ConfigDict

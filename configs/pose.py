@@ -5,10 +5,14 @@
 trains `sd-tiny` on procedural scenes with one person, offline: 7 minutes on two CPU cores to 64 %
 of the joints within a tenth of the person (PCK@0.1; their mean place: 4 %). Presets, after a colon:
 
-`pose.py:sd21`   Stable Diffusion 2.1 on COCO: `--config.data_dir=DIR` of COCO 2017.
+`pose.py:sd21`   Stable Diffusion 2.1 on COCO 2017; needs an accelerator such as one H100:
 
-The first version of GenPercept's paper names the task; no code was released, so the design is ours
-(jaxpercept/tasks/pose.py). What was measured is in docs/results.md; `sd21` has not been run by us.
+    python -m jaxpercept.train --config=configs/pose.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
+        --config.data_dir=DIR_OF_COCO
+
+The first version of GenPercept's paper names the task; no code and no figure was released, so the
+design is ours (jaxpercept/tasks/pose.py). `sd21` has not been run by us. What was measured is in
+docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -33,5 +37,5 @@ def _people(config: ConfigDict) -> ConfigDict:
 
 
 def _sd21(config: ConfigDict) -> ConfigDict:
-    config = _heat_maps(presets.paper(config, (512, 384)))
+    config = _heat_maps(presets.paper(config, (512, 384), fit="crop"))
     return presets.trained_on(config, {"coco_keypoints": 1.0}, "coco_keypoints")

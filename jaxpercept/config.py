@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
+from jaxpercept.data.augment import Augment
 from jaxpercept.errors import UserError
 from jaxpercept.methods import COMPONENTS
 from jaxpercept.models.attention import IMPLEMENTATIONS
@@ -51,7 +53,7 @@ def base_config() -> ConfigDict:
     c.data.num_workers = 0  # processes that decode; 0 decodes in threads
     # dataset name -> its own options, e.g. {"folder": {"data_dir": "...", "depth_scale": 256.0}}
     c.data.options = ConfigDict()
-    c.data.augment = ConfigDict({"flip": 0.5})
+    c.data.augment = ConfigDict(dataclasses.asdict(Augment()))
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 3e-5
@@ -83,6 +85,8 @@ def base_config() -> ConfigDict:
     c.evaluation.dataset = "scenes"  # "": no evaluation and no pictures
     c.evaluation.limit = 0  # images; 0: all
     c.evaluation.batch_size = 8
+    # Long side in pixels the network works at; None: that of `resolution`, 0: the images' own.
+    c.evaluation.processing_resolution = config_dict.placeholder(int)
     return c
 
 

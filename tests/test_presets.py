@@ -124,6 +124,20 @@ def test_a_preset_builds(stem, name, sd21, monkeypatch):
         ("pose.py", {"task_options.sigma": 0.25, "evaluation.limit": 3}),
         ("seg.py", {"task_options.palette": "nyu40", "lora.rank": 4}),
         ("depth.py:sd21", {"data.options.hypersim.data_dir": "/h", "data_dir": "/d"}),
+        ("depth.py:nyuv2", {"data.options.nyuv2.list_file": "mine.txt", "data.augment.gamma": 0.5}),
+        (
+            "depth.py:nyuv2",
+            {"data.options.nyuv2.crop": "none", "data.options.nyuv2.max_depth": 9.0},
+        ),
+        (
+            "depth.py",
+            {"data.augment.rgb_resize": "nearest", "evaluation.processing_resolution": 64},
+        ),
+        ("normals.py:sd21", {"data.options.vkitti.normals_axes": "left_up_back"}),
+        ("seg.py:sd21", {"data.options.genpercept.list_file": "jsons"}),
+        ("pose.py:sd21", {"data.options.coco_keypoints.persons": "largest"}),
+        ("pose.py", {"architecture.head.final_activation": "relu"}),
+        ("ablation.py:marigold", {"method.noise_strength": 0.5, "method.output": "sample"}),
         ("depth.py:folder", {"data.options.folder.depth_scale": 5.0, "evaluation.limit": 2}),
         ("dis.py:masks", {"data.options.masks.held_out": 0.3}),
     ],
@@ -140,8 +154,9 @@ def test_what_the_docs_name_can_be_changed_on_the_command_line(monkeypatch, pres
     expected.update_from_flattened_dict(arguments)
     assert values.config.to_dict() == expected.to_dict()
     if "data_dir" in arguments:
-        folders = values.config.data.options.to_dict()
-        assert folders == {k: {"data_dir": f"/{k[0] if k == 'hypersim' else 'd'}"} for k in folders}
+        options = values.config.data.options.to_dict()
+        folders = {name: own["data_dir"] for name, own in options.items()}
+        assert folders == {k: f"/{k[0] if k == 'hypersim' else 'd'}" for k in folders}
         assert set(folders) == {"hypersim", "vkitti", "nyuv2"}
 
 

@@ -50,6 +50,7 @@ def test_options_are_checked():
             "'scale_invariant' of the task 'depth' is 1: give a bool",
         ),
         ("pose", {"sigma": True}, "'sigma' of the task 'pose' is True: give a float"),
+        ("pose", {"sigma": 0.0}, "sigma is 0.0: give a share above 0"),
         ("semantic", {}, "palette '' is unknown: use .*scenes"),
         ("semantic", {"palette": "voc"}, "palette 'voc' is unknown"),
         ("semantic", {"palette": 3}, "is 3: give a str"),
@@ -64,7 +65,6 @@ def test_options_are_checked():
         ("depth", {"angular": 1.0}, "has 'angular', which depth has not: use mse, l1, ssi, "),
         ("dis", {"mse": 1.0, "ssi": 1.0}, "'ssi'"),
         ("normals", {"angular_kappa": 1.0}, "'angular_kappa', which needs .*uncertainty=True"),
-        ("semantic", {"cross_entropy": 1.0}, "'cross_entropy', which painted classes have not"),
         ("semantic, logits", {"mse": 1.0}, "'mse', which class logits have not"),
     ],
 )

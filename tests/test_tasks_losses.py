@@ -11,7 +11,7 @@ from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 from jaxpercept.errors import UserError
-from jaxpercept.tasks import Target
+from jaxpercept.tasks import Target, get_task
 from jaxpercept.tasks.depth import DEPTH
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -129,8 +129,8 @@ def test_a_right_prediction_costs_least(rng, case):
     right = right_decoded(task, target)
     perfect, wrong = run(right, target), run(noisy(rng, right), target)
     for name in set(perfect) - {"angular_kappa"}:
-        # The angle's clip: arccos(1 - 1e-4); logits of 8 are no certainty.
-        limits = {"angular": 0.0142, "cross_entropy": 0.01}
+        # The angle's clip: arccos(1 - 1e-4); logits of 8, and the right colour, are no certainty.
+        limits = {"angular": 0.0142, "cross_entropy": 0.5 if case == "semantic" else 0.01}
         least = limits.get(name, 1e-5)
         assert -1e-6 <= float(perfect[name][0]) < least, name
         assert float(perfect[name][0]) < float(wrong[name][0]), name
@@ -170,6 +170,22 @@ def test_depth_is_compared_as_genpercept_has_it(rng):
     assert released < float(terms["grad"]) / 2
 
 
+def test_the_median_alignment_is_genpercept_s_on_request(rng):
+    """As released it takes the medians of masked pixels, too, of maps in [1, 3]."""
+    target = target_of(DEPTH, rng)
+    decoded = noisy(rng, target.image)
+    p, g = decoded.mean(axis=-1, keepdims=True) + 2, target.image[..., :1] + 2
+    values = {}
+    for released in (False, True):
+        task = get_task("depth", released_median=released)
+        values[released] = float(
+            task.pixel_losses(decoded, target, {"ssi_median": 1.0})["ssi_median"]
+        )
+        expected = losses.ssi_median(p, g, target.mask, compat=released)
+        np.testing.assert_allclose(values[released], expected, rtol=1e-5)
+    assert abs(values[True] - values[False]) > 1e-3
+
+
 def test_upside_down_depth_is_not_rewarded(rng):
     """A least-squares fit alone would flip it."""
     target, run = target_of(DEPTH, rng), gradients("disparity")
@@ -205,6 +221,22 @@ def test_cross_entropy_is_of_logits(rng):
     expected = -np.log(label)[np.asarray(target.mask)].mean()
     value = gradients("semantic, logits")(logits, target)["cross_entropy"][0]
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_cross_entropy_of_painted_classes_is_a_soft_nearest_colour(rng):
+    task = task_of("semantic")
+    target = target_of(task, rng)
+    decoded = noisy(rng, target.image)
+    colours = task.colours.astype(np.float64)
+    between = np.square(colours[:, None] - colours).sum(-1)
+    np.fill_diagonal(between, np.inf)
+    neighbours = np.median(between.min(axis=0))
+    distances = np.square(np.asarray(decoded, np.float64)[..., None, :] - colours).sum(-1)
+    shares = np.exp(-4 * distances / neighbours)
+    label = np.take_along_axis(shares, np.asarray(target.values), axis=-1)[..., 0]
+    expected = -np.log(label / shares.sum(-1))[np.asarray(target.mask)[..., 0]].mean()
+    value = gradients("semantic")(decoded, target)["cross_entropy"][0]
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
 def test_angles_are_between_vectors(rng):

@@ -1,5 +1,7 @@
 """Each variation of a preset changes the weights it says, and no others."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +127,47 @@ def test_a_head_is_trained_with_the_unet_or_alone(base):
     tiny_run.assert_bit_equal(rest["unet"], trained["unet"])
     with pytest.raises(UserError, match="latent_weight to 0"):
         set_up(tiny(base, presets.dpt_head))
+
+
+def test_a_head_ends_as_the_config_says(base):
+    def with_end(c, end):
+        c = presets.dpt_head(presets.losses(c, mse=1.0))
+        c.architecture.head.final_activation = end
+        return c
+
+    for end in (None, "identity", "relu"):
+        setup = set_up(tiny(base, functools.partial(with_end, end=end)))
+        head = setup.description.components["head"]
+        assert head.final_activation == (end or "identity")
+        assert head.out_channels == 1
+    with pytest.raises(UserError, match="final_activation"):
+        set_up(tiny(base, functools.partial(with_end, end="tanh")))
+
+
+def test_what_is_random_is_trained(base):
+    """A head, or a decoder, that stays random would spoil every prediction."""
+
+    def frozen_head(c):
+        c = presets.dpt_head(presets.losses(c, mse=1.0))
+        c.trainable = ("unet/",)
+        return c
+
+    def frozen_decoder(c):
+        c = presets.trained_decoder(presets.losses(c, mse=1.0), scratch=True)
+        c.trainable = ("unet/", "vae/post_quant_conv")
+        return c
+
+    for change, name in ((frozen_head, "head"), (frozen_decoder, "vae/decoder")):
+        with pytest.raises(UserError, match=rf"random_init names '{name}', of which .* nothing"):
+            start(tiny(base, change))
+
+    def decoder_beside_a_head(c):
+        c = presets.dpt_head(presets.losses(c, mse=1.0))
+        c.trainable = ("head/", "vae/decoder")
+        return c
+
+    with pytest.raises(UserError, match=r"'vae/decoder.*no loss sees beside a DPT head"):
+        start(tiny(base, decoder_beside_a_head))
 
 
 def test_lora_trains_its_factors_alone(base):

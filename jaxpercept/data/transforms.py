@@ -73,12 +73,7 @@ def prepare(
     record = crop(record, *random_window(record["rgb"].shape[:2], geometry, augment, resolution))
     if "depth" in record:
         record = dict(record)
-        unmasked = record.pop("unmasked_depth", record["depth"])
-        quantiles = depth_range(record["depth"], record["valid"])
-        record["depth_range"] = quantiles
-        record["disparity_range"] = disparity_range(
-            record["depth"], record["valid"], unmasked, quantiles
-        )
+        record |= _ranges(record, record.pop("unmasked_depth", record["depth"]))
     record = resize(
         record,
         (height, width),
@@ -92,6 +87,8 @@ def prepare(
         record = haze(record)
     if "depth" in record and (augment.depth_blur or augment.depth_error):
         record = degrade_depth(record, truth, blur=augment.depth_blur, error=augment.depth_error)
+        # Whoever has poor truth only has its quantiles only.
+        record |= _ranges(record, record["depth"])
     return record
 
 
@@ -163,6 +160,13 @@ def disparity_range(
     farthest = np.max(unmasked, where=unmasked > 0, initial=depth.max(where=valid, initial=0))
     near, far = quantiles
     return np.array([1 / far, 1 / near, 1 / farthest, 1 / nearest], np.float32)
+
+
+def _ranges(record: Record, unmasked: Float32[np.ndarray, "h w 1"]) -> Record:
+    depth, valid = record["depth"], record["valid"]
+    quantiles = depth_range(depth, valid)
+    limits = disparity_range(depth, valid, unmasked, quantiles)
+    return {"depth_range": quantiles, "disparity_range": limits}
 
 
 def _at_least_one(length: float, limit: int) -> int:

@@ -10,6 +10,7 @@ the RGB latent gives the prediction, whatever the timestep [recipes: GenPercept 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,9 @@ class OneStep:
                 f"{total - 1}."
             )
         self.task.check_weights(dict(self.pixel_weights))
+        for name, weight in (("latent_weight", self.latent_weight), *self.pixel_weights):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"config.method gives {name} the weight {weight}: give 0 or more.")
         if not self.latent_weight and not self.pixel_weights:
             raise UserError("config.method asks for no loss: set latent_weight or pixel_weights.")
         if self.decoder not in ("vae", "dpt"):

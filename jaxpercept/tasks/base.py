@@ -152,11 +152,13 @@ class AffineTask(Task):
       scale_invariant, shift_invariant: whether each prediction has a scale and a shift of its own,
         which ensembles then align.
       vertical_gradient: reproduce GenPercept's gradient loss as released, which compares rows only.
+      released_median: reproduce its median alignment as released, see `losses.ssi_median`.
     """
 
     scale_invariant: bool = True
     shift_invariant: bool = True
     vertical_gradient: bool = False
+    released_median: bool = False
 
     merge: ClassVar[str] = "affine"
     loss_names: ClassVar[tuple[str, ...]] = (
@@ -190,7 +192,9 @@ class AffineTask(Task):
             # In [1, 3] as GenPercept has them. The shift cancels in the least-squares fit, but the
             # median alignment of inverted predictions divides by a median that must be positive.
             "ssi": lambda: losses.ssi(pred + 2, truth + 2, mask),
-            "ssi_median": lambda: losses.ssi_median(pred, truth, mask),
+            "ssi_median": lambda: losses.ssi_median(
+                pred + 2, truth + 2, mask, self.released_median
+            ),
             "grad": lambda: losses.gradient(pred, truth, mask, self.vertical_gradient),
             "grad_multiscale": lambda: losses.gradient(pred, truth, mask, scales=4),
             "vnl": lambda: losses.vnl(pred + 2, truth + 2, mask, keys),

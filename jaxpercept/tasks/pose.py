@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxpercept import losses
 from jaxpercept.data.joints import FLIP_PAIRS, KEYPOINTS
+from jaxpercept.errors import UserError
 from jaxpercept.tasks.base import Target, Task, Terms
 
 # The other side of each joint.
@@ -39,6 +40,10 @@ class PoseTask(Task):
     fields: ClassVar[tuple[str, ...]] = ("keypoints",)
     loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1", "location")
     default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0, "location": 0.02}
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < 1:
+            raise UserError(f"config.task_options.sigma is {self.sigma}: give a share above 0.")
 
     def encode_target(self, batch: Mapping[str, Array]) -> Target:
         """exp(−r² / 2σ²) around each joint, in [-1, 1]; absent joints have no blob.

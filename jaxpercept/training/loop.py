@@ -101,12 +101,14 @@ def train(
 
 
 def _dataset(config: Any, setup: Setup) -> TrainDataset:
+    mixture = []
+    for name, weight in config.data.mixture.items():
+        given = config.data.options.get(name, {})
+        options = {key: value for key, value in given.items() if value is not None}
+        if weight > 0:
+            mixture.append((name, weight, {"data_dir": config.data_dir, **options}))
     return make_train_dataset(
-        [
-            (name, weight, {"data_dir": config.data_dir, **config.data.options.get(name, {})})
-            for name, weight in config.data.mixture.items()
-            if weight > 0
-        ],
+        mixture,
         resolution=tuple(config.resolution),
         batch_size=config.batch_size,
         seed=config.seed,

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Int32
 
 from jaxpercept.checkpoints.description import Description, architectures
@@ -21,7 +22,7 @@ from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize
 from jaxpercept.checkpoints.widen import widen_conv_in
 from jaxpercept.config import check_resolution
 from jaxpercept.errors import UserError
-from jaxpercept.methods import PERCEPTION, Method, build_method, components_of
+from jaxpercept.methods import PERCEPTION, Method, OneStep, build_method, components_of
 from jaxpercept.models.config import UNetConfig, VAEConfig
 from jaxpercept.models.dpt import DPTConfig
 from jaxpercept.models.functional import functional
@@ -53,10 +54,14 @@ def set_up(config: Any) -> Setup:
     name = config.method.name
     options, tokenizer = plain(config.method), None
     task_options = plain(config.task_options) if name in PERCEPTION else {}
-    components = {**base.components, **architectures(plain(config.architecture))}
-    if options.get("decoder") == "dpt" and "head" not in components and "unet" in components:
+    architecture = plain(config.architecture)
+    head = {key: value for key, value in architecture.pop("head", {}).items() if value is not None}
+    components = {**base.components, **architectures(architecture)}
+    if options.get("decoder") == "dpt" and "unet" in components:
         task = get_task(config.task, **task_options)
-        components["head"] = DPTConfig.beside(components["unet"], task.head_channels)
+        beside = DPTConfig.beside(components["unet"], task.head_channels)
+        given = components.get("head", beside).to_dict()
+        components["head"] = DPTConfig.from_dict({**given, **head})
     if name == "denoising" and options.get("noise") != "image" and {"unet", "vae"} <= {*components}:
         components["unet"] = _beside_the_image(components["unet"], components["vae"])
     for expression in config.random_init:
@@ -84,6 +89,14 @@ def set_up(config: Any) -> Setup:
         description, dtype=config.compute_dtype, remat=config.remat, attention=config.attention
     )
     check_resolution(config.resolution, method.model.downscale)
+    fixed = method.timesteps.fixed if isinstance(method, OneStep) else None
+    if fixed is not None and fixed != method.inference_timestep:
+        logging.warning(
+            "trained at timestep %d alone, the model is to predict at %d: set "
+            "config.method.inference_timestep.",
+            fixed,
+            method.inference_timestep,
+        )
     return Setup(method, description, tokenizer)
 
 
@@ -126,19 +139,38 @@ def initial_weights(config: Any, setup: Setup) -> tuple[Params, Params]:
         )
     trainable, frozen = split_params({part: params[part] for part in needed}, config.trainable)
     _check_decoder(config, trainable)
+    _check_random(config, trainable)
     return _cast(trainable, "float32"), _cast(frozen, config.frozen_dtype)
 
 
 def _check_decoder(config: Any, trainable: Params) -> None:
     """Raises a UserError where the decoder is to be trained and no loss sees its images."""
-    weights = config.method.get("pixel_weights", {})
-    if config.method.name not in PERCEPTION or any(weights.values()):
+    if config.method.name not in PERCEPTION:
+        return
+    replaced = config.method.get("decoder") == "dpt"
+    if any(config.method.get("pixel_weights", {}).values()) and not replaced:
         return
     for path in trainable.get("vae", {}):
         if path.startswith(("decoder.", "post_quant_conv.")):
             raise UserError(
-                f"config.trainable names 'vae/{path}', which only losses of decoded images train: "
-                "set config.method.pixel_weights, or leave it out."
+                f"config.trainable names 'vae/{path}', which "
+                + (
+                    "no loss sees beside a DPT head: leave it out."
+                    if replaced
+                    else "only losses of decoded images train: set config.method.pixel_weights, or "
+                    "leave it out."
+                )
+            )
+
+
+def _check_random(config: Any, trainable: Params) -> None:
+    """Raises a UserError where something random would stay as it is."""
+    names = [f"{component}/{path}" for component, paths in trainable.items() for path in paths]
+    for expression in config.random_init:
+        if not any(re.match(expression, name) for name in names):
+            raise UserError(
+                f"config.random_init names {expression!r}, of which config.trainable trains "
+                "nothing: add it there, or start from the checkpoint's weights."
             )
 
 

@@ -53,10 +53,6 @@ def heat_maps(rng):
     return rng.uniform(-1, 1, (B, H, W, 3)), rng.uniform(-1, 1, (B, H, W, 3))
 
 
-def mask_logits(rng):
-    return 3 * rng.normal(size=(B, H, W, 1)), rng.uniform(0, 1, (B, H, W, 1))
-
-
 def classes(rng):
     return 2 * rng.normal(size=(B, H, W, CLASSES)), rng.integers(0, CLASSES, (B, H, W, 1))
 
@@ -80,7 +76,6 @@ CASES = {
     "angular": Case(without_keys(losses.angular), normals),
     "angular_kappa": Case(without_keys(losses.angular_kappa), normals_and_kappa),
     "bce": Case(without_keys(losses.bce), mattes),
-    "bce_logits": Case(without_keys(losses.bce_logits), mask_logits),
     "soft_iou": Case(without_keys(losses.soft_iou), mattes),
     "location": Case(without_keys(losses.location), heat_maps),
     "cross_entropy": Case(without_keys(losses.cross_entropy), classes),

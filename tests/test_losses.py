@@ -13,7 +13,7 @@ from tiny_model import quick_compile  # noqa: F401
 from jaxpercept import losses
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-ELEMENTWISE = ["mse", "l1", "angular", "angular_kappa", "bce", "bce_logits", "cross_entropy"]
+ELEMENTWISE = ["mse", "l1", "angular", "angular_kappa", "bce", "cross_entropy"]
 READS_INVALID = "ssi_median_compat"
 seeds = st.integers(0, 2**32 - 1)
 

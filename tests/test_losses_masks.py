@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import assert_equals_torch, classes, heat_maps, mask_logits, mattes
+from loss_cases import assert_equals_torch, classes, heat_maps, mattes
 from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 bce = jax.jit(jax.value_and_grad(losses.bce))
-bce_logits = jax.jit(jax.value_and_grad(losses.bce_logits))
 soft_iou = jax.jit(jax.value_and_grad(losses.soft_iou))
 cross_entropy = jax.jit(jax.value_and_grad(losses.cross_entropy))
 ONE = jnp.ones((1, 1, 1, 1), bool)
@@ -97,24 +96,6 @@ def test_bce_is_least_at_the_target(t, q):
     np.testing.assert_allclose(at_target[1], 0, atol=1e-4)
     assert elsewhere >= at_target[0] - 1e-6
     assert abs(q - t) < 1e-3 or np.sign(gradient) == np.sign(q - t)
-
-
-def test_bce_logits_equals_torch(rng):
-    def reference(q, t, m):
-        return F.binary_cross_entropy_with_logits(q[m], t[m])
-
-    assert_equals_torch(losses.bce_logits, reference, *sample(rng, mask_logits))
-
-
-@pytest.mark.parametrize("logit", [40.0, 1e4, 1e30])
-def test_saturated_logits_keep_their_gradient(logit):
-    for sign, target in ((1, 0.0), (-1, 1.0)):  # Quite sure and wrong.
-        value, gradient = bce_logits(one(sign * logit), one(target), ONE)
-        np.testing.assert_allclose(value, logit, rtol=1e-6)
-        np.testing.assert_allclose(gradient, sign, rtol=1e-6)
-        value, gradient = bce_logits(one(-sign * logit), one(target), ONE)  # Sure and right.
-        np.testing.assert_allclose(value, 0, atol=1e-6)
-        np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
 def test_soft_iou_equals_torch(rng):

@@ -14,7 +14,7 @@ from jaxpercept.losses.depth import gradient, ssi, ssi_median
 from jaxpercept.losses.heat_maps import location
 from jaxpercept.losses.hierarchical import hdn_random, hdsn_random
 from jaxpercept.losses.masked import l1, mse, pool_mask
-from jaxpercept.losses.masks import bce, bce_logits, cross_entropy, soft_iou
+from jaxpercept.losses.masks import bce, cross_entropy, soft_iou
 from jaxpercept.losses.normals import angular, angular_kappa
 from jaxpercept.losses.virtual_normals import vnl
 
@@ -23,7 +23,6 @@ __all__ = [
     "angular",
     "angular_kappa",
     "bce",
-    "bce_logits",
     "cross_entropy",
     "fit_line",
     "gradient",

@@ -28,14 +28,6 @@ def bce(
     return masked_mean(-t * _log(q) - (1 - t) * _log(1 - q), mask)
 
 
-def bce_logits(
-    logits: Float[Array, "b h w c"], target: Float[Array, "b h w c"], mask: Bool[Array, "b h w #c"]
-) -> Float[Array, ""]:
-    """`bce` with q = sigmoid(logits), exact however large the logits are."""
-    logits, t = masked(logits, mask), masked(target, mask)
-    return masked_mean(jax.nn.softplus(logits) - t * logits, mask)
-
-
 def soft_iou(
     pred: Float[Array, "b h w c"], target: Float[Array, "b h w c"], mask: Bool[Array, "b h w #c"]
 ) -> Float[Array, ""]:

@@ -6,14 +6,16 @@
 
 Each run lies in WORKDIR/PRESET/SEED, as one of `jaxpercept.train`. The same command again goes on
 where it was stopped: finished runs are not trained again, and the table, WORKDIR/ablation.md and
-ablation.csv, is written anew after each run. Models that start from noise are also evaluated in
-ensembles (--ensembles). All runs must be evaluated on the same dataset.
+ablation.csv, is written anew after each run. More steps (--set=steps=800) train every run on;
+another config needs another --workdir. Models that start from noise are also evaluated in
+ensembles (--ensembles), which takes as many times as long as their sizes say. All runs must be
+evaluated on the same dataset.
 """
 
 from __future__ import annotations
 
-import ast
 import csv
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -29,20 +31,29 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jaxpercept import cli
+from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.load import latest_step
 from jaxpercept.errors import UserError
-from jaxpercept.evaluate import evaluate
-from jaxpercept.inference.observers import evaluation_observer
+from jaxpercept.evaluate import key_values
+from jaxpercept.inference.evaluation import open_model, run_evaluation
+from jaxpercept.inference.observers import evaluation_observer, evaluation_options
+from jaxpercept.inference.report import METRICS as REPORT
+from jaxpercept.training.checkpointing import refuse_other_run
 from jaxpercept.training.loop import Interrupted, train
+from jaxpercept.training.setup import plain
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
     "config", "configs/ablation.py", "A config file with a dict PRESETS.", flag_values=FLAGS
 )
-flags.DEFINE_list("presets", None, "Which of them; default: all.", flag_values=FLAGS)
+flags.DEFINE_list(
+    "presets", None, "Names that its get_config takes; default: all of PRESETS.", flag_values=FLAGS
+)
 flags.DEFINE_list("seeds", ["0", "1"], "One run each.", flag_values=FLAGS)
 flags.DEFINE_list("set", [], "KEY=VALUE of the config, for all runs.", flag_values=FLAGS)
-flags.DEFINE_list("ensembles", ["4"], "Sizes, for models that start from noise.", flag_values=FLAGS)
+flags.DEFINE_list(
+    "ensembles", ["2", "8"], "Sizes, for models that start from noise.", flag_values=FLAGS
+)
 flags.DEFINE_string("workdir", "runs/ablation", "Where the runs lie.", flag_values=FLAGS)
 flags.DEFINE_boolean("list", False, "Print the presets and leave.", flag_values=FLAGS)
 OWN_FLAGS = tuple(FLAGS)
@@ -66,13 +77,13 @@ def ablate(
     seeds: Sequence[int] = (0, 1),
     workdir: str | Path = "runs/ablation",
     changes: Mapping[str, Any] | None = None,
-    ensembles: Sequence[int] = (4,),
+    ensembles: Sequence[int] = (2, 8),
 ) -> dict[str, list[Result]]:
     """Run what is not there yet, and write the table after each run.
 
     Args:
         config: path of the config file.
-        presets: names of its presets; None for all.
+        presets: names that its get_config takes; None for all of its PRESETS.
         seeds, workdir, ensembles: the flags of these names.
         changes: values of the config by dotted key, for all runs.
 
@@ -83,18 +94,22 @@ def ablate(
         UserError: a preset, a seed or a key does not fit, or as `training.loop.train`.
         Interrupted: SIGTERM came; run the same again to go on.
     """
-    module = _module(config)
+    module, changes = _module(config), changes or {}
     names = list(presets or module.PRESETS)
-    if unknown := [name for name in names if name not in module.PRESETS]:
-        raise UserError(f"{config} has no preset {unknown[0]!r}: use {', '.join(module.PRESETS)}.")
     folder = Path(workdir)
     configs = {
-        (name, seed): _config(module, name, seed, changes or {}) for name in names for seed in seeds
+        (name, seed): _config(module, name, seed, changes) for name in names for seed in seeds
     }
+    datasets = sorted({values.evaluation.dataset for values in configs.values()})
+    if len(datasets) > 1:
+        raise UserError(
+            f"The presets are evaluated on {' and '.join(datasets)}: make a table for each, in "
+            "another --workdir."
+        )
     rows: dict[str, list[Result]] = {}
     for (name, seed), values in configs.items():
         run = folder / name / str(seed)
-        for title, result in _results(run, values, ensembles).items():
+        for title, result in _results(run, values, ensembles, changes).items():
             rows.setdefault(name + title, []).append(result)
         write_table(folder, rows, getattr(module, "PAPER", {}))
         jax.clear_caches()  # the next run shares no program with this one
@@ -141,7 +156,10 @@ def _module(path: str) -> Any:
 
 
 def _config(module: Any, name: str, seed: int, changes: Mapping[str, Any]) -> ConfigDict:
-    config = module.get_config(name)
+    try:
+        config = module.get_config(name)
+    except ValueError as error:
+        raise UserError(f"There is no config of the preset {name!r}: {error}.") from error
     try:
         config.update_from_flattened_dict({**changes, "seed": seed})
     except (KeyError, TypeError, ValueError) as error:
@@ -151,52 +169,75 @@ def _config(module: Any, name: str, seed: int, changes: Mapping[str, Any]) -> Co
     return config
 
 
-def _results(run: Path, config: ConfigDict, ensembles: Sequence[int]) -> dict[str, Result]:
+def _results(
+    run: Path, config: ConfigDict, ensembles: Sequence[int], changes: Mapping[str, Any]
+) -> dict[str, Result]:
     """Of one run, trained and evaluated now where it has not been; ensembles by their title."""
-    dataset = config.evaluation.dataset
-    report = run / "evaluation" / dataset / "metrics.json"
-    if latest_step(run) != config.steps or not report.is_file():
+    now = plain(config)
+    wanted = evaluation_options(now)
+    dataset, step = wanted["dataset"], latest_step(run) or 0
+    before = Description.load(run) if step else None
+    if step > config.steps:
+        raise UserError(
+            f"{run} is trained for {step} steps already: give steps={step} or more, or another "
+            "--workdir."
+        )
+
+    def current(report: Path) -> bool:
+        """Whether it is of this many steps, and of what is wanted."""
+        if before is None or not report.is_file():
+            return False
+        content = json.loads(report.read_text())
+        # A report of an earlier version does not say how it was made: its run does.
+        evaluation = content.get("evaluation") or evaluation_options(before.config)
+        return content["step"] == config.steps and evaluation == wanted
+
+    report = run / "evaluation" / dataset / REPORT
+    if step == config.steps and current(report):
+        if "evaluation" not in json.loads(report.read_text()):
+            now = _without_new_keys(now, before.config, changes)
+        refuse_other_run(run, dataclasses.replace(before, config=now))
+    else:
         train(config, run, observer=functools.partial(evaluation_observer, workdir=run))
-    results = {"": _read(report, config.steps)}
+    results = {"": _read(report)}
     if config.method.get("noise", "image") == "image":
         return results
     for size in ensembles:
         output = run / "evaluation" / f"{dataset}-ensemble{size}"
-        if not (output / "metrics.json").is_file():
-            evaluate(
-                str(run),
-                dataset,
-                data_dir=config.data_dir or None,
-                output=output,
-                limit=config.evaluation.limit,
-                batch_size=config.evaluation.batch_size,
-                ensemble_size=size,
-            )
-        results[f", ensemble of {size}"] = _read(output / "metrics.json", config.steps)
+        if not current(output / REPORT):
+            model = open_model(str(run), ensemble_size=size)
+            run_evaluation(model, output, facts={"evaluation": wanted}, **wanted)
+        results[f", ensemble of {size}"] = _read(output / REPORT)
     return results
 
 
-def _read(report: Path, steps: int) -> Result:
+def _without_new_keys(
+    now: Mapping[str, Any], before: Mapping[str, Any], changes: Mapping[str, Any], place: str = ""
+) -> dict[str, Any]:
+    """A config without the keys that the config of an earlier version does not have.
+
+    They name what that version did unasked. Those of `changes`, by dotted key, stay.
+    """
+    kept = {}
+    for name, value in now.items():
+        old = before.get(name, {})
+        if isinstance(value, dict) and isinstance(old, dict):
+            value = _without_new_keys(value, old, changes, f"{place}{name}.")
+            known = bool(value)
+        else:
+            known = f"{place}{name}" in changes
+        if known or name in before:
+            kept[name] = value
+    return kept
+
+
+def _read(report: Path) -> Result:
     content = json.loads(report.read_text())
-    return Result(content["metrics"], content["best_constant"], steps)
+    return Result(content["metrics"], content["best_constant"], content["step"])
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), stdev(values) if len(values) > 1 else math.nan
-
-
-def _changes(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs, values read as Python's literals or else as text."""
-    changes = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair!r} is no KEY=VALUE.")
-        try:
-            changes[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            changes[key] = value
-    return changes
 
 
 def _integers(name: str, values: Sequence[str]) -> list[int]:
@@ -211,6 +252,10 @@ def main() -> int:
         module = _module(FLAGS.config)
         paper = getattr(module, "PAPER", {})
         print("\n".join(f"{name:20}{paper.get(name, '')}".rstrip() for name in module.PRESETS))
+        try:  # what else its get_config takes
+            module.get_config("?")
+        except ValueError as error:
+            print(error)
         return 0
     cli.initialize_distributed()
     try:
@@ -219,7 +264,7 @@ def main() -> int:
             FLAGS.presets,
             seeds=_integers("seeds", FLAGS.seeds),
             workdir=FLAGS.workdir,
-            changes=_changes(FLAGS.set),
+            changes=key_values("set", FLAGS.set),
             ensembles=_integers("ensembles", FLAGS.ensembles),
         )
     except Interrupted as interrupted:

@@ -18,40 +18,32 @@ a trivial prediction, such as the best constant depth, is printed below. --outpu
 per_image.csv and predictions.png.
 
 --suite evaluates on every dataset of depth, normals, dis, matting or seg that has a folder of its
-name below --data_root, at the papers' resolutions. --output gets suite.md, suite.csv and suite.png,
-and for each dataset a folder; what is absent is listed as absent. The same command again goes on
-where it was stopped: what was evaluated with the same weights and options is not evaluated again.
+name below --data_root, at the papers' resolutions; where the training held out a share of the
+files, on that share. --output gets suite.md, suite.csv and suite.png, and for each dataset a
+folder; what is absent is listed as absent. The same command again goes on where it was stopped:
+what was evaluated with the same weights and options is not evaluated again.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import ast
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
-from jax.sharding import Mesh
 
-import jaxpercept
 from jaxpercept import cli
-from jaxpercept.checkpoints.card import weights_hash
-from jaxpercept.checkpoints.description import Description
-from jaxpercept.checkpoints.load import latest_step
+from jaxpercept.data.datasets import open_dataset
 from jaxpercept.errors import UserError
-from jaxpercept.inference.evaluator import EvalResult, Evaluator
+from jaxpercept.inference.evaluation import open_model, run_evaluation
+from jaxpercept.inference.evaluator import EvalResult
 from jaxpercept.inference.measures import ALIGNMENTS
-from jaxpercept.inference.opening import DTYPES, open_perception, perception_of
-from jaxpercept.inference.options import Options, check_options
-from jaxpercept.inference.predictor import Params, Predictor
-from jaxpercept.inference.report import table, write_report
+from jaxpercept.inference.opening import DTYPES
 from jaxpercept.inference.suite import SUITES, TABLE, Entry, Line, run_suite
-from jaxpercept.inference.weights import place_weights
-from jaxpercept.methods import Perception
-from jaxpercept.training import sharding
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("checkpoint", None, "What to evaluate.", flag_values=FLAGS)
@@ -62,7 +54,10 @@ flags.DEFINE_enum(
     flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_string(
-    "data_root", None, "With --suite: the folder with a folder for each dataset.", flag_values=FLAGS
+    "data_root",
+    None,
+    "With --suite: the folder with a folder for each dataset; default: --data_dir.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_float(
     "depth_scale",
@@ -119,110 +114,21 @@ flags.DEFINE_float(
 flags.DEFINE_string(
     "eval_crop", None, "nyu, eigen, garg or none; default: the dataset's.", flag_values=FLAGS
 )
+flags.DEFINE_list(
+    "options",
+    None,
+    "KEY=VALUE,... of the dataset, such as crop, list_file, columns, normals_axes, first_class.",
+    flag_values=FLAGS,
+)
 cli.define_model_flags(FLAGS)
 flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAGS)
 OWN_FLAGS = tuple(FLAGS)
 REQUIRED = ("checkpoint",)
 # What says something about one dataset.
 _OF_ONE = (
-    *("dataset", "data_dir", "split", "held_out"),
+    *("dataset", "data_dir", "split", "held_out", "options"),
     *("depth_scale", "min_depth", "max_depth", "eval_crop"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model ready to be evaluated.
-
-    Attributes:
-        checkpoint: its name.
-        description, perception: what it is.
-        weights: on `mesh`.
-        predictor: its programs, shared by all evaluations.
-        options: of predictions.
-        facts: for reports.
-        identity: what tells its predictions from another model's, for reports; plain JSON.
-    """
-
-    checkpoint: str
-    description: Description
-    perception: Perception
-    weights: Params
-    mesh: Mesh
-    predictor: Predictor
-    options: Options
-    facts: dict[str, Any]
-    identity: dict[str, Any]
-
-    @property
-    def resolution(self) -> tuple[int, int]:
-        """(height, width) it was trained at."""
-        return self.description.resolution or (480, 640)
-
-
-def open_model(
-    checkpoint: str,
-    *,
-    task: str | None = None,
-    family: str | None = None,
-    base: str | None = None,
-    vae: str | None = None,
-    decoder: str | None = None,
-    lora: str | None = None,
-    vae_tile: int = 0,
-    pad_multiple: int = 0,
-    num_inference_steps: int | None = None,
-    ensemble_size: int = 1,
-    flip: bool = False,
-    seed: int = 0,
-    dtype: str = "float32",
-    identify: bool = False,
-) -> Model:
-    """Open a checkpoint for evaluations.
-
-    Args:
-        identify: look at the weights of a checkpoint without steps, for `identity`.
-        checkpoint, task, ...: the flags of these names.
-
-    Raises:
-        UserError: the checkpoint or an option does not fit.
-    """
-    described = {"task": task, "family": family, "base": base}
-    described |= {"vae": vae, "decoder": decoder, "lora": lora}
-    description, params = open_perception(checkpoint, **described)
-    perception = perception_of(description, dtype=dtype, vae_tile=vae_tile, checkpoint=checkpoint)
-    options = Options(
-        num_steps=num_inference_steps, ensemble_size=ensemble_size, flip=flip, seed=seed
-    )
-    check_options(perception, options)
-    mesh = sharding.make_mesh()
-    step = latest_step(Path(checkpoint))
-    facts = {
-        "checkpoint": checkpoint,
-        "step": step,
-        "base_checkpoint": description.base_checkpoint,
-        "kind": perception.task.kind,
-        "dtype": dtype,
-        "version": jaxpercept.__version__,
-        "command": " ".join(sys.argv),
-    }
-    chosen = {**described, "vae_tile": vae_tile, "pad_multiple": pad_multiple, "dtype": dtype}
-    chosen |= dataclasses.asdict(options)
-    identity = {"checkpoint": checkpoint, "step": step, **chosen}
-    if identify and step is None:
-        hashes = "".join(weights_hash(weights) for _, weights in sorted(params.items()))
-        identity["weights_sha256"] = hashlib.sha256(hashes.encode()).hexdigest()
-    return Model(
-        checkpoint=checkpoint,
-        description=description,
-        perception=perception,
-        weights=place_weights(params, dtype, mesh),
-        mesh=mesh,
-        predictor=Predictor(perception, mesh, pad_multiple=pad_multiple),
-        options=options,
-        facts=facts,
-        identity=identity,
-    )
 
 
 def evaluate(
@@ -242,34 +148,36 @@ def evaluate(
     min_depth: float | None = None,
     max_depth: float | None = None,
     eval_crop: str | None = None,
+    options: Mapping[str, Any] | None = None,
     **opening: Any,
 ) -> EvalResult:
     """Evaluate, print the table and write the files, as the module's text says.
 
     Args:
         checkpoint, dataset, ...: the flags of these names; those of the model as in `open_model`.
+        options: of the dataset's row, by name.
 
     Raises:
         UserError: the checkpoint, the dataset or an option does not fit.
     """
-    model = open_model(checkpoint, **opening)
     overrides = {"depth_scale": depth_scale, "min_depth": min_depth, "max_depth": max_depth}
-    overrides["held_out"] = held_out
+    overrides |= {"eval_crop": eval_crop, "held_out": held_out}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    if eval_crop is not None:
-        overrides["eval_crop"] = None if eval_crop == "none" else eval_crop
-    evaluator = _evaluator(
-        model,
-        dataset,
+    for name in options or {}:
+        if name in overrides or name in inspect.signature(open_dataset).parameters:
+            raise UserError(f"--options does not take {name}: leave it out, or use its own flag.")
+    return run_evaluation(
+        open_model(checkpoint, **opening),
+        Path(output) if output else default_output(checkpoint, dataset),
+        dataset=dataset,
         data_dir=data_dir,
         split=split,
         batch_size=batch_size,
         processing_resolution=processing_resolution,
         limit=limit,
-        overrides=overrides,
+        overrides={**overrides, **(options or {})},
         **_protocol_options(alignment, hce),
     )
-    return _run(model, evaluator, Path(output) if output else default_output(checkpoint, dataset))
 
 
 def evaluate_suite(
@@ -306,24 +214,27 @@ def evaluate_suite(
         **protocol_options,
     }
 
-    def one(entry: Entry, data_dir: Path, facts: Mapping[str, Any]) -> EvalResult:
+    def one(entry: Entry, data_dir: Path, held_out: float, facts: Mapping[str, Any]) -> EvalResult:
         resolution = entry.resolution if processing_resolution is None else processing_resolution
-        evaluator = _evaluator(
+        return run_evaluation(
             model,
-            entry.dataset,
+            folder / entry.name,
+            facts=facts,
+            dataset=entry.dataset,
             data_dir=data_dir,
             split=entry.split,
             batch_size=batch_size,
             processing_resolution=resolution,
             limit=limit,
             pictures=2,
+            overrides={"held_out": held_out},
             **protocol_options,
         )
-        return _run(model, evaluator, folder / entry.name, facts)
 
     lines = run_suite(
         suite,
         model.perception.task,
+        trained=model.description.config,
         data_root=Path(data_root),
         folder=folder,
         request=request,
@@ -339,27 +250,22 @@ def _protocol_options(alignment: str | None, hce: bool) -> dict[str, Any]:
     return ({"alignment": alignment} if alignment else {}) | ({"hce": True} if hce else {})
 
 
-def _evaluator(model: Model, dataset: str, **options: Any) -> Evaluator:
-    return Evaluator(
-        model.perception,
-        dataset,
-        mesh=model.mesh,
-        resolution=model.resolution,
-        options=model.options,
-        predictor=model.predictor,
-        **options,
-    )
+def key_values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """The KEY=VALUE pairs of a flag, values read as Python's literals or else as text.
 
-
-def _run(
-    model: Model, evaluator: Evaluator, folder: Path, facts: Mapping[str, Any] | None = None
-) -> EvalResult:
-    result = evaluator.run(model.weights)
-    if jax.process_index() == 0:
-        print(table(result))
-        for path in write_report(folder, result, {**model.facts, **(facts or {})}):
-            print(path)
-    return result
+    Raises:
+        UserError: a pair is none.
+    """
+    values = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--{flag} {pair!r} is no KEY=VALUE.")
+        try:
+            values[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            values[key] = value
+    return values
 
 
 def default_output(checkpoint: str, dataset: str = "") -> Path:
@@ -378,10 +284,15 @@ def main() -> int:
             raise UserError("--data_root is of a suite: give --suite, or --data_dir instead.")
         if not values["dataset"]:
             raise UserError("--dataset is required, or --suite: see --help.")
+        values["options"] = key_values("options", values["options"] or ())
         evaluate(**values)
         return 0
     if data_root is None:
-        raise UserError("--suite needs --data_root, the folder with a folder for each dataset.")
+        data_root, values["data_dir"] = values["data_dir"], None
+    if data_root is None:
+        raise UserError(
+            "--suite needs --data_root or --data_dir, the folder with a folder for each dataset."
+        )
     for name in _OF_ONE:
         if values.pop(name) is not None:
             raise UserError(f"--{name} is of one dataset: leave it out with --suite.")

@@ -25,6 +25,7 @@ class Case:
       ids: number in the file of every class, or the colour of every class.
       prefix, suffix: of every path and of every line in the list.
       count: how many examples are written.
+      size: (height, width) of the files.
     """
 
     dataset: str
@@ -40,6 +41,7 @@ class Case:
     ids: tuple = tuple(range(40))
     options: dict = dataclasses.field(default_factory=dict)
     count: int = 3
+    size: tuple = SIZE
 
     @property
     def targets(self):
@@ -79,6 +81,7 @@ CASES = [
     Case("genpercept", "all", "hypersim/rgb_{i}.jpg", {"depth": "d/{i}.exr", "normals": "n/{i}.exr",
          "classes": "s/{i}.png"}, ids=PALETTES["nyu40"].colours),
     Case("genpercept", "all", "train/{i}.jpg", {"alpha": "mask/{i}.png"}),
+    Case("genpercept", "all", "normals/{i}.jpg", {"normals": "normals/{i}.npy"}),
     Case("nyuv2", "train", "rgb/000{i}.jpg", {"depth": "depth/000{i}.png",
          "classes": "labels40/000{i}.png"}, "train.txt", ("rgb", "depth", "classes", "scene")),
     Case("nyuv2_13", "test", "rgb/000{i}.jpg", {"classes": "labels40/000{i}.png"}, "test.txt",
@@ -97,6 +100,9 @@ CASES = [
          {"depth": "ai_001_00{i}/depth_plane_cam_00_fr0004.png",
           "normals": "ai_001_00{i}/normal_cam_cam_00_fr0004.npy"},
          "filename_list_train_filtered.txt"),
+    Case("hypersim", "train", "without_depth/rgb_cam_01_fr003{i}.png",
+         {"normals": "without_depth/normal_cam_cam_01_fr003{i}.npy"},
+         "filename_list_train_filtered.txt", ("rgb",)),
     Case("hypersim", "train", "val/ai_038_009/rgb_cam_01_fr003{i}.png",
          {"normals": "val/ai_038_009/normal_cam_cam_01_fr003{i}.npy"}, "hypersim_filtered_all.txt",
          **MARIGOLD),
@@ -183,22 +189,23 @@ CASES = [
 
 def make_example(rng, case):
     """The arrays that a record should hold."""
-    depth = np.rint(rng.uniform(0.7, 9.0, (*SIZE, 1)) * case.scale) / np.float32(case.scale)
-    normals = rng.standard_normal((*SIZE, 3))
+    size = case.size
+    depth = np.rint(rng.uniform(0.7, 9.0, (*size, 1)) * case.scale) / np.float32(case.scale)
+    normals = rng.standard_normal((*size, 3))
     normals[..., 2] = np.abs(normals[..., 2])
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
     normals[0, :3] = 0
-    classes = rng.integers(0, len(case.ids), (*SIZE, 1)).astype(np.int32)
+    classes = rng.integers(0, len(case.ids), (*size, 1)).astype(np.int32)
     classes[-1, :3] = 255
     return {
-        "rgb": rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8),
+        "rgb": rng.integers(0, 256, (*size, 3), dtype=np.uint8),
         "depth": depth.astype(np.float32),
         "normals": normals.astype(np.float32),
-        "alpha": rng.integers(0, 256, (*SIZE, 1)).astype(np.float32) / np.float32(255),
-        "trimap": rng.choice(np.array([0, 128, 255], np.uint8), (*SIZE, 1)),
+        "alpha": rng.integers(0, 256, (*size, 1)).astype(np.float32) / np.float32(255),
+        "trimap": rng.choice(np.array([0, 128, 255], np.uint8), (*size, 1)),
         "classes": classes,
-        "mask": rng.random((*SIZE, 1)) < 0.7,
-        "mask_transparent": rng.random((*SIZE, 1)) < 0.7,
+        "mask": rng.random((*size, 1)) < 0.7,
+        "mask_transparent": rng.random((*size, 1)) < 0.7,
     }
 
 

@@ -186,6 +186,8 @@ def test_records_can_be_pickled(tmp_path):
         ("folder", {"data_dir": "{}", "depth_scale": 0}, "depth_scale must be positive"),
         ("folder", {"data_dir": "{}", "min_depth": 5, "max_depth": 4}, "min_depth must be below"),
         ("folder", {"data_dir": "{}", "eval_crop": "nyuu"}, "Unknown eval_crop 'nyuu'"),
+        ("folder", {"data_dir": "{}", "first_class": "a"}, "first_class of dataset folder must be"),
+        ("list", {"data_dir": "{}", "columns": 3}, "columns of dataset list must be str, got 3"),
         ("tfds", {"data_dir": "."}, "needs the option `builder`"),
     ],
 )

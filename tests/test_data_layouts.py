@@ -3,14 +3,26 @@
 import dataclasses
 import logging
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from layout_cases import CASES, SIZE, Case, dis, vkitti, write_copy
+from layout_cases import (
+    CASES,
+    SIZE,
+    Case,
+    dis,
+    make_example,
+    vkitti,
+    write_copy,
+    write_example,
+)
+from PIL import Image
 
 from jaxpercept.data.datasets import DATASETS, open_dataset
-from jaxpercept.data.listings import Tree
+from jaxpercept.data.listings import Lists, NoLayoutError, Tree
+from jaxpercept.data.readers import UnreadableFileError
 from jaxpercept.data.row import Dataset
 from jaxpercept.data.rows.build import beside, files
 from jaxpercept.errors import UserError
@@ -126,21 +138,59 @@ def test_vkitti_normals_computed_by_oneself(tmp_path, rng):
     assert "depth" not in record
 
 
-def test_eth3d_names_raw_files(tmp_path):
+def test_eth3d_has_raw_depth_of_one_size(tmp_path, rng):
+    """Little-endian float32 metres, rows first, inf where nothing was measured."""
     rgb = "rgb/playground/images/dslr_images/DSC_0581.JPG"
-    depth = "depth/playground_dslr_depth/playground/ground_truth_depth/dslr_images/DSC_0581.JPG"
-    for path in (rgb, depth):
+    raw = "depth/playground_dslr_depth/playground/ground_truth_depth/dslr_images/DSC_0581.JPG"
+    for path in (rgb, raw):
         (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).touch()
-    (tmp_path / "eth3d_filename_list.txt").write_text(f"{rgb} {depth}\n")
-    records = open_dataset("eth3d", data_dir=tmp_path)
-    assert records.source.columns == {"rgb": [rgb], "depth": [depth]}
-    assert records.source._readers["depth"].shape == (4032, 6048)
+    Image.new("RGB", (6048, 4032), (10, 200, 30)).save(tmp_path / rgb, "png")
+    depth = np.full((4032, 6048), np.inf, np.float32)
+    measured = slice(1000, 1100), slice(4500, 4700)
+    depth[measured] = rng.uniform(1e-4, 200, (100, 200))
+    depth[1000, 4500:4503] = (0, 1e-5, 1e-6)  # not above the least that counts
+    depth.astype("<f4").tofile(tmp_path / raw)
+    (tmp_path / "eth3d_filename_list.txt").write_text(f"{rgb} {raw}\n")
+    records = open_dataset("eth3d", data_dir=tmp_path, evaluation=True)
+    record = records[0]
+    assert record["rgb"].shape == (4032, 6048, 3)
+    assert record["valid"].sum() == 100 * 200 - 3
+    found = record["depth"][measured][..., 0]
+    np.testing.assert_array_equal(found[1:], depth[measured][1:])
+    np.testing.assert_array_equal(found[0, 3:], depth[measured][0, 3:])
+    assert not found[0, :3].any()
+    assert record["depth"].sum(dtype=np.float64) == found.sum(dtype=np.float64)
+    with (tmp_path / raw).open("ab") as file:
+        file.write(b"0000")
+    with pytest.raises(UnreadableFileError, match="DSC_0581"):
+        records[0]
+
+
+def test_kitti_eigen_test_is_cropped_and_evaluated_in_eigens_part_of_the_crop(tmp_path, rng):
+    case = Case("kitti_eigen", "test", "2011_09_26/image_02/data/000000006{i}.png",
+                {"depth": "groundtruth/image_02/000000006{i}.png"}, scale=256,
+                size=(375, 1242))  # fmt: skip
+    example = make_example(rng, case)
+    example["depth"][200, 500:503] = np.array([[0], [80], [1 / 256]])
+    write_example(tmp_path, case, 0, example)
+    paths = case.rgb.format(i=0), case.files["depth"].format(i=0)
+    line, without = f"{paths[0]} {paths[1]} 721.5377\n", f"{paths[0]} None 721.5377\n"
+    (tmp_path / "eigen_test_files_with_gt.txt").write_text(line * 652 + without * 45)
+    records = open_dataset("kitti_eigen", data_dir=tmp_path, evaluation=True)
+    assert (len(records), records.split) == (652, "test")
+    crop = {key: example[key][23:375, 13:1229] for key in ("rgb", "depth")}  # the lowest 352 rows
+    crop["depth"] = np.where(crop["depth"] < 80, crop["depth"], 0)
+    np.testing.assert_array_equal(records[0]["rgb"], crop["rgb"])
+    np.testing.assert_array_equal(records[0]["depth"], crop["depth"])
+    inside = np.zeros((352, 1216, 1), bool)
+    inside[117:321, 43:1172] = True
+    np.testing.assert_array_equal(records[0]["valid"], inside & (crop["depth"] > 0))
+    assert records[0]["valid"].sum() == 204 * 1129 - 2
 
 
 def test_labels_that_count_from_one(tmp_path, rng):
-    case = dataclasses.replace(CASES[4], ids=tuple(range(1, 41)))
-    assert case.dataset == "nyuv2"
+    case = next(c for c in CASES if str(c).startswith("nyuv2-train"))
+    case = dataclasses.replace(case, ids=tuple(range(1, 41)))
     examples = write_copy(tmp_path, case, rng)
     records = open_dataset("nyuv2", data_dir=tmp_path, targets=["classes"], first_class=1)
     for record, example in zip(records, examples.values(), strict=True):
@@ -156,9 +206,21 @@ def test_a_folder_of_something_else_is_told_what_was_expected(tmp_path):
         if name in ("tfds", "folder", "list", "coco_keypoints", "tiny_imagenet"):
             continue
         if row.needs_data_dir:
-            with pytest.raises(UserError) as error:
+            with pytest.raises(NoLayoutError) as error:
                 open_dataset(name, data_dir=tmp_path, targets=row.targets[:1])
             assert f"of {name} with {row.targets[0]}; expected {row.layout}" in str(error.value)
+
+
+def test_what_was_expected_names_every_list():
+    for name, row in DATASETS.items():
+        said = re.sub(
+            r"(\w*)\{(\S+?)\}([\w.]*)",
+            lambda m: " ".join(f"{m[1]}{part}{m[3]}" for part in m[2].split(",")),
+            row.layout,
+        )
+        for layout in getattr(row.open_source, "keywords", {}).get("layouts", ()):
+            for file in layout.splits.values() if isinstance(layout, Lists) else ():
+                assert re.search(rf"\b{re.escape(file)}", said), (name, file)
 
 
 @pytest.mark.parametrize("name", ["camvid-test-classes-test", "dis5k-train-alpha-DIS-TR",
@@ -169,8 +231,10 @@ def test_a_missing_file_names_itself(tmp_path, rng, name):
     target = case.targets[-1]
     lost = case.files[target].format(i=2)
     (tmp_path / lost).unlink()
-    with pytest.raises(UserError, match=f"has no {target}: {lost} is not in"):
+    with pytest.raises(UserError, match=f"has no {target}: {lost} is not in") as error:
         open_dataset(case.dataset, split=case.split, data_dir=tmp_path, targets=case.targets)
+
+    assert not isinstance(error.value, NoLayoutError)
 
 
 def test_a_target_that_this_copy_lacks(tmp_path, rng):
@@ -244,7 +308,7 @@ def test_kitti_eigen_is_652_images_or_nothing(tmp_path):
             open_dataset("kitti_eigen", data_dir=tmp_path, evaluation=True)
         assert len(open_dataset("kitti_eigen", data_dir=tmp_path, split="test")) == images
     (tmp_path / "mine.txt").write_text("a.png b.png\n")
-    with pytest.raises(UserError, match="list with depth_scale=256, crop=kitti_benchmark"):
+    with pytest.raises(UserError, match=r"--dataset=list --options=list_file=FILE,crop=kitti_be"):
         open_dataset("kitti_eigen", data_dir=tmp_path, evaluation=True, list_file="mine.txt")
 
 

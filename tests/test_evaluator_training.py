@@ -10,6 +10,7 @@ import tiny_run
 from tiny_model import one_device, quick_compile  # noqa: F401
 from tiny_run import base_of_module  # noqa: F401
 
+from jaxpercept.data.datasets import open_dataset
 from jaxpercept.inference import observers
 from jaxpercept.inference.observers import evaluation_observer
 from jaxpercept.training.metric_writer import MetricWriter
@@ -62,18 +63,20 @@ def test_the_evaluation_reads_files_as_the_training_does(base, tmp_path, monkeyp
 
     monkeypatch.setattr(observers, "Evaluator", evaluator)
     own = {"data_dir": "mine", "depth_scale": 500.0, "normals_axes": "left_up_back"}
-    own["held_out"] = 0.1
+    own |= {"held_out": 0.1, "columns": None}
     changes = {
         "data__mixture": {"folder": 1.0},
         "data__options": {"folder": {**own, "max_depth": 3.0}},
         "evaluation__dataset": "folder",
         "evaluation__alignment": "least_square_disparity",
         "evaluation__overrides": {"eval_crop": "nyu"},
+        "evaluation__split": None,
     }
     config = tiny_run.config(base)
     config.unlock()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     evaluation_observer(set_up(config), one_device(), workdir=tmp_path)
+    assert "split" not in given
     assert given["dataset"] == "folder"
     assert given["data_dir"] == "mine"
     assert given["alignment"] == "least_square_disparity"
@@ -83,3 +86,14 @@ def test_the_evaluation_reads_files_as_the_training_does(base, tmp_path, monkeyp
         "held_out": 0.1,
         "eval_crop": "nyu",
     }
+
+
+def test_pictures_are_of_images_that_were_held_out(tmp_path):
+    folder = tiny_run.dataset(tmp_path / "data", images=40)
+    own = {"data_dir": str(folder), "held_out": 0.5, "max_depth": None}
+    config = {"data_dir": "", "resolution": [16, 24], "data": {"options": {"folder": own}}}
+    kept = open_dataset("folder", data_dir=folder, held_out=0.5, evaluation=True).source.names
+    shown = observers._held_out("folder", config, count=4)
+    assert len(shown) == 4
+    assert {record["name"] for record in shown} <= set(kept)
+    assert len(kept) < 40

@@ -1,18 +1,21 @@
 """docs/extending.md works as it is written."""
 
+import functools
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 import tiny_run
-from ml_collections import ConfigDict
-from tiny_model import quick_compile  # noqa: F401
+from commands import door, restore_logging  # noqa: F401
+from PIL import Image
+from tiny_model import one_device, quick_compile  # noqa: F401
 
-from jaxpercept import PerceptionPipeline, presets, tasks
+from jaxpercept import predict, presets, tasks, train
+from jaxpercept.checkpoints.description import Description
 from jaxpercept.errors import UserError
-from jaxpercept.training.loop import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
@@ -33,23 +36,55 @@ def edges(monkeypatch):
     return names
 
 
-@pytest.mark.usefixtures("quick_compile")
+@pytest.fixture
+def restore_flags():
+    """Overrides of a config stay defined, and another command cannot define them again."""
+    yield
+    for name in [name for name in train.FLAGS if name.startswith("config.")]:
+        delattr(train.FLAGS, name)
+
+
+@pytest.mark.usefixtures("quick_compile", "restore_logging", "restore_flags")
+# How ml_collections reads a config file.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize("decoder", ["vae", "dpt"])
-def test_the_walk(edges, tmp_path, rng, decoder):
-    config: ConfigDict = edges["get_config"]()
-    config.checkpoint = str(tiny_run.base(tmp_path / "base"))
-    config.resolution, config.steps, config.batch_size = (16, 24), 2, 4
-    if decoder == "dpt":  # as the page says
-        config.method.decoder = "dpt"
-        config.random_init, config.trainable = ("head",), ("unet/", "head/")
-        config.method.latent_weight = 0.0
-    train(config, tmp_path / "run", mesh=tiny_model.one_device())
-    pipe = PerceptionPipeline.from_pretrained(tmp_path / "run")
-    out = pipe(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8))
-    assert out.kind == "mask"
-    assert out.prediction.shape == (1, 20, 30, 1)
-    assert out.prediction.min() >= 0
-    assert out.prediction.max() <= 1
+def test_the_walk(edges, tmp_path, monkeypatch, rng, decoder):
+    """The page's commands, of a small model, leave the files that the page names."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("configs", "photos"):
+        Path(folder).mkdir()
+    Path("configs/edges.py").write_text(blocks()[1])
+    for photo in ("a.png", "b.jpg"):
+        pixels = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(Path("photos", photo))
+    small = {"checkpoint": tiny_run.base(tmp_path / "base"), "resolution": (16, 24), "steps": 2}
+    flags = [f"--config.{key}={value}" for key, value in {**small, "batch_size": 4}.items()]
+    text = PAGE.read_text()
+    if decoder == "dpt":
+        said = re.findall(r"--config\.[^\s`]+", text)
+        assert len(said) == 4
+        flags += shlex.split(" ".join(said))
+    (training, of_train), (prediction, of_predict) = re.findall(
+        r"^    python -m jaxpercept\.(\w+) (.*)$", text, re.MULTILINE
+    )
+    assert (training, prediction) == ("train", "predict")
+    quick = functools.partial(train.train, mesh=one_device())
+    monkeypatch.setattr(train, "train", quick)
+    flags = [*of_train.split(), *flags]
+    monkeypatch.setattr(sys, "argv", ["train", *flags])  # where ml_collections looks for overrides
+    assert door(train, *flags) == 0
+    components = Description.load(Path("runs/edges")).components
+    assert ("head" in components) == (decoder == "dpt")
+    assert door(predict, *of_predict.split()) == 0
+    endings = re.findall(r"`NAME(\S+)`", text)
+    assert endings == [".npy", ".png", "_mask.png"]
+    for name in "ab":
+        assert all(Path(f"out/{name}{ending}").is_file() for ending in endings)
+        edge = np.load(f"out/{name}.npy")
+        assert edge.size == 20 * 30
+        assert 0 <= edge.min() <= edge.max() <= 1
+        with Image.open(f"out/{name}_mask.png") as mask:
+            assert mask.size == (30, 20)
 
 
 def test_the_target_is_what_the_page_says(edges):

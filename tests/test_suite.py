@@ -3,19 +3,21 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import tiny_model
 from commands import door, restore_logging  # noqa: F401
-from layout_cases import CASES, dis, write_copy
+from layout_cases import CASES, Case, dis, write_copy
 from PIL import Image
 from tiny_model import Mirror, one_device, quick_compile  # noqa: F401
 
 from jaxpercept import evaluate
-from jaxpercept.data.datasets import DATASETS
+from jaxpercept.data.datasets import DATASETS, open_dataset
 from jaxpercept.errors import UserError
+from jaxpercept.inference import evaluation
 from jaxpercept.inference import suite as suites
 from jaxpercept.inference.evaluator import EvalResult, Evaluator
 from jaxpercept.inference.measures import MEASURES
@@ -63,7 +65,7 @@ def evaluated(monkeypatch):
             names.append(self.protocol["dataset"])
             return super().run(*args, **options)
 
-    monkeypatch.setattr(evaluate, "Evaluator", Counting)
+    monkeypatch.setattr(evaluation, "Evaluator", Counting)
     return names
 
 
@@ -162,6 +164,70 @@ def test_what_was_evaluated_is_not_evaluated_again(checkpoint, root, tmp_path, e
     assert evaluated[7:] == ["nyuv2", "scannet"]
 
 
+@pytest.mark.usefixtures("quickly")
+def test_a_broken_dataset_is_not_absent(checkpoint, root, tmp_path, evaluated):
+    case = next(c for c in CASES if c.dataset == "nyuv2" and c.split == "test")
+    lost = root / "nyuv2" / case.rgb.format(i=1)
+    lost.unlink()
+    run = [f"--checkpoint={checkpoint}", "--suite=depth", f"--output={tmp_path / 'out'}"]
+    assert door(evaluate, *run, f"--data_dir={root}") == 1  # a root by the name of other commands
+    assert evaluated == ["scannet"]
+    text, rows = contents(tmp_path / "out")
+    assert rows["nyuv2"]["status"] == "failed"
+    assert f"names {case.rgb.format(i=1)}, which is not in {root / 'nyuv2'}" in text
+    assert rows["diode"]["status"] == "absent"
+
+
+def write_masks(folder, rng, *, count):
+    for i in range(count):
+        for part, channels in (("image", 3), ("mask", 1)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            pixels = rng.choice(np.array([0, 255], np.uint8), (16, 24, channels))
+            Image.fromarray(pixels.squeeze()).save(folder / part / f"{i}.png")
+
+
+@pytest.mark.usefixtures("quickly")
+def test_images_that_were_trained_on_are_not_evaluated(tmp_path, rng, evaluated, capsys):
+    write_masks(tmp_path / "data/sod", rng, count=30)
+    trained = {"data": {"mixture": {"masks": 0.5}, "options": {"masks": {"held_out": 0.3}}}}
+    model = tiny_model.save(tmp_path / "model", rng, task="dis", config=trained)
+    run = [f"--checkpoint={model}", "--suite=dis", f"--data_root={tmp_path / 'data'}"]
+    assert door(evaluate, *run) == 0
+    kept = open_dataset("masks", data_dir=tmp_path / "data/sod", evaluation=True, held_out=0.3)
+    assert 0 < len(kept) < 30
+    report = json.loads((model / "evaluation/masks/metrics.json").read_text())
+    assert report["protocol"]["images"] == len(kept)
+    assert report["protocol"]["names_sha256"] == kept.names_sha256()
+    assert f"| masks (all), held out | {len(kept)} |" in contents(model / "evaluation")[0]
+    assert door(evaluate, *run) == 0
+    assert evaluated == ["masks"]  # kept
+    assert door(evaluate, *run, "--held_out=0.3") == 1
+    assert "--held_out is of one dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "target", "trained", "share"),
+    [
+        ("masks", "all", "alpha", ({"masks": 0.5}, {"masks": {"held_out": 0.1}}), 0.1),
+        ("masks", "all", "alpha", ({"masks": 0.5}, {"masks": {"held_out": None}}), 0.0),
+        ("masks", "all", "alpha", ({"masks": 0.0}, {"masks": {"held_out": 0.1}}), 0.0),
+        ("masks", "all", "alpha", ({"folder": 0.5}, {"masks": {"held_out": 0.1}}), 0.0),
+        # Trained on part of the training images, and on none of the test images.
+        ("nyuv2", "test", "depth", ({"nyuv2": 1.0}, {"nyuv2": {"held_out": 0.1}}), 0.0),
+        # Its first split with normals.
+        ("nyuv2", "test", "normals", ({"nyuv2": 1.0}, {"nyuv2": {"held_out": 0.1}}), 0.1),
+        ("nyuv2", "test", "depth",
+         ({"nyuv2": 1.0}, {"nyuv2": {"held_out": 0.1, "split": "test"}}), 0.1),
+    ],
+)  # fmt: skip
+def test_what_a_training_kept_apart(dataset, split, target, trained, share):
+    entries = [entry for suite in SUITES.values() for entry in suite]
+    entry = next(e for e in entries if (e.dataset, e.split) == (dataset, split))
+    config = {"data": {"mixture": trained[0], "options": trained[1]}}
+    assert suites._held_out(config, entry, target) == share
+    assert suites._held_out({}, entry, target) == 0.0
+
+
 def test_an_interrupted_suite_leaves_its_table(checkpoint, root, tmp_path, monkeypatch):
     class Interrupted(Evaluator):
         def run(self, *args, **options):
@@ -169,7 +235,7 @@ def test_an_interrupted_suite_leaves_its_table(checkpoint, root, tmp_path, monke
                 raise KeyboardInterrupt
             return super().run(*args, **options)
 
-    monkeypatch.setattr(evaluate, "Evaluator", Interrupted)
+    monkeypatch.setattr(evaluation, "Evaluator", Interrupted)
     run = arguments(checkpoint, root, f"--output={tmp_path / 'out'}")
     assert door(evaluate, *run) == 130
     text, rows = contents(tmp_path / "out")
@@ -182,7 +248,9 @@ def test_flags_that_do_not_go_together(checkpoint, root, tmp_path, capsys):
     for flags, complaint in [
         ([], "--dataset is required, or --suite"),
         ([here], "--data_root is of a suite"),
-        (["--suite=depth"], "--suite needs --data_root"),
+        (["--suite=depth"], "--suite needs --data_root or --data_dir, the folder with a folder"),
+        (["--suite=depth", here, f"--data_dir={root}"], "--data_dir is of one dataset"),
+        (["--suite=depth", here, "--options=crop=none"], "--options is of one dataset"),
         (["--suite=depth", here, "--dataset=nyuv2"], "--dataset is of one dataset"),
         (["--suite=depth", here, "--max_depth=3"], "--max_depth is of one dataset"),
         (["--suite=speed", here], "suite"),
@@ -194,6 +262,38 @@ def test_flags_that_do_not_go_together(checkpoint, root, tmp_path, capsys):
         assert error.startswith("error: ")
         assert complaint in error
     assert evaluate.default_output(str(checkpoint)) == checkpoint / "evaluation"
+
+
+@pytest.mark.usefixtures("quickly")
+def test_another_list_of_kitti_is_evaluated_as_the_refusal_says(checkpoint, tmp_path, rng, capsys):
+    case = Case("kitti_eigen", "test", "{i}.png", {"depth": "depth/{i}.png"}, "mine.txt",
+                scale=256, size=(375, 1242))  # fmt: skip
+    write_copy(tmp_path / "kitti", case, rng, count=1)
+    of = [f"--checkpoint={checkpoint}", f"--data_dir={tmp_path / 'kitti'}"]
+    assert door(evaluate, *of, "--dataset=kitti_eigen", "--options=list_file=mine.txt") == 1
+    advice = re.search(r"evaluate yours with (.*)\.$", capsys.readouterr().err)[1]
+    flags = advice.replace("FILE", "mine.txt").split()
+    assert door(evaluate, *of, *flags, "--processing_resolution=32") == 0
+    report = json.loads((checkpoint / "evaluation/list/metrics.json").read_text())["protocol"]
+    assert report["crop"] == "kitti_benchmark"
+    row = DATASETS["kitti_eigen"]
+    assert (report["min_depth"], report["max_depth"]) == row.clip_range
+    assert (report["depth_scale"], report["evaluation_crop"]) == (row.depth_scale, row.eval_crop)
+
+
+def test_options_of_a_dataset_that_cannot_be(checkpoint, tmp_path, rng, capsys):
+    write_copy(tmp_path, next(c for c in CASES if c.dataset == "folder"), rng)
+    of = [f"--checkpoint={checkpoint}", "--dataset=folder", f"--data_dir={tmp_path}"]
+    for flags, complaint in [
+        (["--options=crop"], "--options 'crop' is no KEY=VALUE"),
+        (["--options=split=all"], "--options does not take split"),
+        (["--options=max_depth=3", "--max_depth=4"], "--options does not take max_depth"),
+        (["--options=crop=round"], "Unknown crop 'round'"),
+        (["--options=first_class=one"], "first_class of dataset folder must be int, got 'one'"),
+        (["--options=list_file=a.txt"], "folder has no option 'list_file'; it takes crop"),
+    ]:
+        assert door(evaluate, *of, *flags) == 1
+        assert complaint in capsys.readouterr().err
 
 
 def test_only_reports_of_the_same_request_are_kept(tmp_path):
@@ -223,10 +323,12 @@ def test_every_dataset_of_every_suite(tmp_path, rng, suite):
     for entry in SUITES[suite]:
         copy(tmp_path / "data", entry.dataset, target, rng, split=entry.split)
     (tmp_path / "data/vkitti").mkdir(exist_ok=True)
+    if suite == "dis":  # any of an entry's folders will do
+        (tmp_path / "data/masks").rename(tmp_path / "data/sod")
     model = Mirror()
     model.task = task
 
-    def run(entry, data_dir, facts):
+    def run(entry, data_dir, held_out, facts):
         options = {"mesh": one_device(), "resolution": (16, 16), "progress": False}
         evaluator = Evaluator(
             model,
@@ -253,6 +355,7 @@ def test_every_dataset_of_every_suite(tmp_path, rng, suite):
         else:
             assert f"- {line.entry.title}: the dataset" in text
     assert (tmp_path / "out/suite.png").is_file()
+    assert ("no row here can reproduce it" in text) == (suite == "seg")
     # Nothing is evaluated again.
     again = run_suite(suite, task, request={"step": 1}, evaluate=pytest.fail, **options)
     assert {line.status for line in again} <= {"kept", "unfit"}

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import inspect
 import logging
+import types
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "Record",
     "Records",
     "open_dataset",
+    "options_of",
 ]
 
 Record = dict[str, Any]
@@ -209,12 +211,13 @@ def open_dataset(
     if split not in row.splits and name != "tfds" and "list_file" not in options:
         raise UserError(f"Dataset {name} has no split {split!r}, only {', '.join(row.splits)}.")
     changes = {k: _override(k, options.pop(k)) for k in _OVERRIDES if k in options}
-    accepted = set(inspect.signature(row.open_source).parameters) - _FIXED_BY_ROW
-    for option in sorted(options.keys() - accepted):
+    accepted = options_of(name)
+    for option in sorted(options.keys() - accepted.keys()):
         raise UserError(
-            f"Dataset {name} has no option {option!r}; it takes "
-            f"{', '.join(sorted(accepted | set(_OVERRIDES)))}."
+            f"Dataset {name} has no option {option!r}; it takes {', '.join(sorted(accepted))}."
         )
+    for option, value in options.items():
+        _check_kind(row, option, value)
     masked = row.depth_masks_normals and "normals" in targets and "depth" not in targets
     request = Request(
         name=name,
@@ -234,6 +237,23 @@ def open_dataset(
     if evaluation:
         _check_length(row, source, split)
     return Records(row, source, split=split, targets=targets, evaluation=evaluation)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a dataset beside `data_dir`, and their defaults; None: what its row says."""
+    own = inspect.signature(DATASETS[name].open_source).parameters
+    options = {key: own[key].default for key in own if key not in _FIXED_BY_ROW}
+    return {**dict.fromkeys(_OVERRIDES), "held_out": 0.0, **options}
+
+
+def _check_kind(row: Dataset, option: str, value: Any) -> None:
+    """Whether a value is of the kind that a row's source says it takes, if it says so."""
+    kind = inspect.signature(row.open_source).parameters[option].annotation
+    if kind is inspect.Parameter.empty or not isinstance(kind, type | types.UnionType):
+        return
+    if not isinstance(value, int | float if kind is float else kind):
+        kind = getattr(kind, "__name__", kind)
+        raise UserError(f"{option} of dataset {row.name} must be {kind}, got {value!r}.")
 
 
 def _one_side(source: Any, name: str, held_out: float, evaluation: bool) -> FileSource:
@@ -279,9 +299,10 @@ def _check_length(row: Dataset, source: Any, split: str) -> None:
     if split in row.exact:
         raise UserError(
             f"{row.name} is {expected} images, this list names {count}: its results could not be "
-            "compared with any published ones. Take the published list, or evaluate yours as "
-            f"dataset list with depth_scale={row.depth_scale:g}, crop={row.crop} and "
-            f"eval_crop={row.eval_crop}."
+            "compared with any published ones. Take the published list, or evaluate yours with "
+            f"--dataset=list --options=list_file=FILE,crop={row.crop} --eval_crop={row.eval_crop} "
+            f"--depth_scale={row.depth_scale:g} --min_depth={row.min_depth:g} "
+            f"--max_depth={row.max_depth:g}."
         )
     _log.warning(
         "The split %s of %s has %d images here and %d as published: do not compare results with "
@@ -292,7 +313,7 @@ def _check_length(row: Dataset, source: Any, split: str) -> None:
 
 def _override(key: str, value: Any) -> Any:
     if value is None or key in ("crop", "eval_crop"):
-        return value
+        return None if value == "none" else value
     try:
         return float(value)
     except (TypeError, ValueError) as error:

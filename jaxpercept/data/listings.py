@@ -25,6 +25,10 @@ Columns = dict[str, list[str]]  # field -> one path per example, relative to the
 COMPANIONS = {"depth": MASKS, "alpha": ("trimap",)}
 
 
+class NoLayoutError(UserError):
+    """A folder that holds nothing of what was asked for: no layout of the dataset matches."""
+
+
 class Request(NamedTuple):
     """What of a dataset is to be opened.
 
@@ -103,6 +107,10 @@ class Layout(abc.ABC):
     def is_there(self, files: Files, split: str, fields: Sequence[str]) -> bool:
         """Whether the split lies in the folder in this layout, with these fields."""
 
+    def has(self, files: Files, split: str, field: str) -> bool:
+        """Whether the split, which lies in the folder in this layout, has one more field."""
+        return self.is_there(files, split, [field])
+
     @abc.abstractmethod
     def columns(self, files: Files, split: str, fields: Sequence[str]) -> Columns:
         """The paths of `rgb` and of `fields`.
@@ -169,6 +177,12 @@ class Lists(Layout):
             return True
         rows = self._rows(path, ())
         return bool(rows) and self._has_partners(files, rows[0][self.names.index("rgb")], fields)
+
+    def has(self, files: Files, split: str, field: str) -> bool:
+        if field not in self.names:
+            return super().has(files, split, field)
+        rows = self._rows(files.root / self.splits[split], ())
+        return all(len(row) > self.names.index(field) for row in rows)
 
     def columns(self, files: Files, split: str, fields: Sequence[str]) -> Columns:
         path = files.root / self.splits[split]
@@ -246,12 +260,16 @@ class JsonLines(Layout):
     def is_there(self, files: Files, split: str, fields: Sequence[str]) -> bool:
         return bool(self._lists(files, split))
 
+    def has(self, files: Files, split: str, field: str) -> bool:
+        rows = (row for path in self._lists(files, split) for row in _json_rows(path))
+        return all(self._name(row, field) for row in rows)
+
     def columns(self, files: Files, split: str, fields: Sequence[str]) -> Columns:
         columns: Columns = {field: [] for field in ("rgb", *fields)}
         for path in self._lists(files, split):
             for number, row in enumerate(_json_rows(path), start=1):
                 for field, paths in columns.items():
-                    name = next((row[key] for key in self.keys[field] if row.get(key)), None)
+                    name = self._name(row, field)
                     if not isinstance(name, str):
                         raise UserError(
                             f"Object {number} of {path} has no {' or '.join(self.keys[field])}; "
@@ -262,6 +280,9 @@ class JsonLines(Layout):
         if not columns["rgb"]:
             raise UserError(f"The lists in {files.root / self.splits[split]} name no files.")
         return columns
+
+    def _name(self, row: Mapping[str, Any], field: str) -> Any:
+        return next((row[key] for key in self.keys[field] if row.get(key)), None)
 
     def _lists(self, files: Files, split: str) -> list[Path]:
         path = files.root / self.splits[split]
@@ -286,7 +307,8 @@ def open_layouts(
         layout's; lower numbers are void.
 
     Raises:
-      UserError: the folder does not match any layout, or a file is missing; it names which.
+      NoLayoutError: the folder does not match any layout.
+      UserError: it does, and a file is missing; it names which.
     """
     files = Files(existing_folder(request.data_dir))
     split = request.split
@@ -308,7 +330,7 @@ def open_layouts(
             x for x in usable if split in x.splits and x.is_there(files, split, request.targets)
         ]
     if not usable:
-        raise UserError(
+        raise NoLayoutError(
             f"{files.root} holds no split {split!r} of {request.name} with "
             f"{', '.join(request.targets) or 'images'}; expected {request.layout}."
         )
@@ -342,17 +364,19 @@ def adapted(
 
 def _extras(layout: Layout, files: Files, request: Request) -> list[str]:
     """The wished fields and the targets' companions that are there."""
-    wished = [f for f in request.wished if f in layout.fields]
-    wished += [
+    wished = [
+        f for f in request.wished if f in layout.fields and layout.has(files, request.split, f)
+    ]
+    companions = [
         companion
         for target in (*request.targets, *wished)
         for companion in COMPANIONS.get(target, ())
         if companion in layout.fields
     ]
-    # A list names its files, whereas a folder may come without.
-    if not isinstance(layout, Tree):
-        return wished
-    return [f for f in wished if layout.is_there(files, request.split, [f])]
+    # A list must name them, whereas a folder may come without.
+    if isinstance(layout, Tree):
+        companions = [f for f in companions if layout.has(files, request.split, f)]
+    return [*wished, *companions]
 
 
 # ---- helpers -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +33,33 @@ _READING = (
 )
 
 
+def evaluation_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.evaluation` says, as arguments of `Evaluator`; plain JSON.
+
+    The files are read as the training reads those of the same dataset.
+    """
+    given = {name: value for name, value in config["evaluation"].items() if value is not None}
+    own = config["data"]["options"].get(given["dataset"], {})
+    reading = {name: own[name] for name in _READING if own.get(name) is not None}
+    return {
+        **given,
+        "data_dir": own.get("data_dir", config["data_dir"]) or None,
+        "overrides": {**reading, **given.get("overrides", {})},
+    }
+
+
 def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
     """Evaluate as `config.evaluation` says; the last report lies in `workdir/evaluation/DATASET`.
 
     It holds arguments of `Evaluator`. Metrics of single classes and joints are in the report only.
     The panel of input, truth and prediction also goes to the run's pictures.
     """
-    config = setup.description.config
-    options = dict(config["evaluation"])
-    dataset = options.pop("dataset")
-    own = config["data"]["options"].get(dataset, {})
-    reading = {name: own[name] for name in _READING if own.get(name) is not None}
-    overrides = {**reading, **options.pop("overrides", {})}
+    options = evaluation_options(setup.description.config)
+    dataset = options["dataset"]
     evaluator = Evaluator(
         setup.method.perception,
-        dataset,
         mesh=mesh,
         resolution=setup.description.resolution,
-        data_dir=own.get("data_dir", config["data_dir"]) or None,
-        overrides=overrides,
         **options,
     )
 
@@ -58,7 +67,7 @@ def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
         result = evaluator.run(weights)
         logging.info("after step %d, %s", step, table(result))
         if jax.process_index() == 0:
-            facts = {"checkpoint": str(workdir), "step": step}
+            facts = {"checkpoint": str(workdir), "step": step, "evaluation": options}
             write_report(workdir / "evaluation" / dataset, result, facts)
         if result.pictures:
             writer.picture(step, dataset, drawn(result))
@@ -118,10 +127,11 @@ def picture_observer(setup: Setup, mesh: Mesh) -> Observer:
 
 
 def _held_out(name: str, config: dict[str, Any], *, count: int) -> list[dict[str, Any]]:
-    options = {"data_dir": config["data_dir"], **config["data"]["options"].get(name, {})}
+    own = config["data"]["options"].get(name, {})
+    options = {"data_dir": config["data_dir"], **{k: x for k, x in own.items() if x is not None}}
     resolution = tuple(config["resolution"])
     split = DATASETS[name].splits[-1]
-    records = open_dataset(name, split=split, resolution=resolution, **options)
+    records = open_dataset(name, split=split, resolution=resolution, evaluation=True, **options)
     stride = max(min(len(records), 1000) // count, 1)
     center = Augment(flip=0.0, fit="center", photometric=0.0)
     rng = np.random.default_rng(0)

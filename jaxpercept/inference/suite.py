@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxpercept.data.datasets import DATASETS, open_dataset
+from jaxpercept.data.listings import NoLayoutError
 from jaxpercept.data.row import Dataset
 from jaxpercept.errors import UserError
 from jaxpercept.inference.evaluator import EvalResult
@@ -96,7 +97,10 @@ SUITES: dict[str, list[Entry]] = {
         *_native("sintel", "all"),
         *_native("diode", "test"),
     ],
-    "dis": [*_entry("dis5k", "val", "te1", "te2", "te3", "te4"), *_entry("masks", "all")],
+    "dis": [
+        *_entry("dis5k", "val", "te1", "te2", "te3", "te4"),
+        *_entry("masks", "all", folders=("masks", "sod")),
+    ],
     "matting": [
         *_entry("p3m10k", "p", "np"),
         *_entry("aim500", "test"),
@@ -112,6 +116,12 @@ SUITES: dict[str, list[Entry]] = {
     ],
 }
 """What each suite has, in the order of its table."""
+
+_REMARKS = {
+    "seg": " GenPercept's is of a model of Hypersim's classes, mapped to those of ADE20K in a way "
+    "that was not published: no row here can reproduce it.",
+}
+"""What else is to be said of the published figures."""
 
 _KINDS = {
     "depth": ("affine_depth", "affine_disparity"),
@@ -140,6 +150,9 @@ class Line:
     report: Mapping[str, Any] | None = None
 
 
+Evaluate = Callable[[Entry, Path, float, Mapping[str, Any]], EvalResult]
+
+
 def run_suite(
     suite: str,
     task: Task,
@@ -147,7 +160,8 @@ def run_suite(
     data_root: Path,
     folder: Path,
     request: Mapping[str, Any],
-    evaluate: Callable[[Entry, Path, Mapping[str, Any]], EvalResult],
+    evaluate: Evaluate,
+    trained: Mapping[str, Any] | None = None,
 ) -> list[Line]:
     """Evaluate what is there and not yet evaluated; the table is written after each dataset.
 
@@ -157,8 +171,9 @@ def run_suite(
         data_root: has a folder for each dataset, of its name.
         folder: gets ENTRY/metrics.json and the like, suite.md, suite.csv and suite.png.
         request: what results depend on beside the dataset; plain JSON.
-        evaluate: `(entry, folder of the dataset, facts)` evaluates and writes the report, with
-            these facts, to `folder / entry.name`.
+        evaluate: `(entry, folder of the dataset, held_out, facts)` evaluates the images that were
+            held out, and writes the report, with these facts, to `folder / entry.name`.
+        trained: the config of the model's training, if it is known.
 
     Raises:
         UserError: the suite is unknown or of other models, or there is no such root.
@@ -174,7 +189,7 @@ def run_suite(
         raise UserError(f"--data_root {data_root} is no folder: give that of the datasets.")
     lines: list[Line] = []
     for entry in SUITES[suite]:
-        lines.append(_run_entry(entry, task, data_root, folder, request, evaluate))
+        lines.append(_run_entry(entry, task, data_root, folder, request, evaluate, trained or {}))
         if jax.process_index() == 0:
             write_suite(folder, suite, lines, SUITES[suite][len(lines) :])
     return lines
@@ -186,7 +201,8 @@ def _run_entry(
     data_root: Path,
     folder: Path,
     request: Mapping[str, Any],
-    evaluate: Callable[[Entry, Path, Mapping[str, Any]], EvalResult],
+    evaluate: Evaluate,
+    trained: Mapping[str, Any],
 ) -> Line:
     places = [data_root / name for name in entry.folders]
     found = [place for place in places if place.is_dir()]
@@ -198,21 +214,37 @@ def _run_entry(
         check_dataset(measure, task, entry.dataset, entry.row)
     except UserError as error:
         return Line(entry, "unfit", str(error))
+    held_out = _held_out(trained, entry, measure.target)
     try:
         records = open_dataset(
-            entry.dataset, split=entry.split, data_dir=found[0], targets=(measure.target,)
+            entry.dataset,
+            split=entry.split,
+            data_dir=found[0],
+            targets=(measure.target,),
+            evaluation=held_out > 0,  # else only the evaluator may complain about the number
+            held_out=held_out,
         )
-    except UserError as error:
+        wanted = {**request, "data_dir": str(found[0].resolve()), "examples": len(records)}
+        wanted |= {"held_out": held_out} if held_out else {}
+        report = _earlier(folder / entry.name / METRICS, wanted)
+        if report is not None:
+            return Line(entry, "kept", report=report)
+        evaluate(entry, found[0], held_out, {"request": wanted})
+    except NoLayoutError as error:
         return Line(entry, "absent", str(error))
-    wanted = {**request, "data_dir": str(found[0].resolve()), "examples": len(records)}
-    report = _earlier(folder / entry.name / METRICS, wanted)
-    if report is not None:
-        return Line(entry, "kept", report=report)
-    try:
-        evaluate(entry, found[0], {"request": wanted})
     except UserError as error:
         return Line(entry, "failed", str(error))
     return Line(entry, "evaluated", report=_read(folder / entry.name / METRICS))
+
+
+def _held_out(trained: Mapping[str, Any], entry: Entry, target: str) -> float:
+    """The share of an entry's images that the training kept apart; 0 if it knew none of them."""
+    data = trained.get("data", {})
+    options = data.get("options", {}).get(entry.dataset, {})
+    if not data.get("mixture", {}).get(entry.dataset):
+        return 0.0
+    split = options.get("split") or entry.row.splits_with((target,))[0]
+    return (options.get("held_out") or 0.0) if split == entry.split else 0.0
 
 
 def _earlier(path: Path, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -268,7 +300,8 @@ def markdown(suite: str, lines: Sequence[Line], rest: Sequence[Entry] = ()) -> s
         for line, (own, body) in zip(done, every, strict=True):
             facts = line.report["protocol"]
             resolution = facts["processing_resolution"] or "native"
-            lead = [line.entry.title, str(facts["images"]), str(resolution)]
+            held_out = ", held out" if line.report.get("request", {}).get("held_out") else ""
+            lead = [line.entry.title + held_out, str(facts["images"]), str(resolution)]
             for label, values in body:
                 shown = dict(zip(own, values, strict=True))
                 cells = [*lead, label, *(shown.get(title, "") for title in titles)]
@@ -295,7 +328,8 @@ def _published(suite: str) -> list[str]:
     """A table of the papers' figures, one column a dataset."""
     models, names = PUBLISHED[suite], REPORTED[suite]
     entries = [e for e in SUITES[suite] if any(e.name in model.figures for model in models)]
-    text = [f"Published, {' / '.join(names)}, for orientation: protocols differ in details.", ""]
+    said = f"Published, {' / '.join(names)}, for orientation: protocols differ in details."
+    text = [said + _REMARKS.get(suite, ""), ""]
     text.append("| " + " | ".join(["", *(entry.title for entry in entries), "source"]) + " |")
     text.append("|---" * (2 + len(entries)) + "|")
     for model in models:

@@ -161,8 +161,8 @@ ROWS = (
                 test=652,
             )
         ),
-        layout="eigen_test_files_with_gt.txt (697 lines, 45 of them with None for the depth) and "
-        "the files it names",
+        layout="eigen_test_files_with_gt.txt (697 lines, 45 of them with None for the depth), for "
+        "val eigen_val_from_train_800.txt, and the files they name",
         depth_scale=256.0,
         min_depth=1e-5,
         max_depth=80.0,

@@ -15,9 +15,9 @@
     lora       the low-rank additions of a run that trained them, as peft and diffusers'
                load_lora_weights read them; the other formats merge them into the weights
 
-Weights keep their type, unless --dtype says otherwise. Every export has a model card. A training
-run keeps no text encoder: --format=diffusers takes it from the base checkpoint. --check opens the
-export with torch and compares the networks.
+Weights keep their type, unless --dtype says otherwise; with a low-rank addition merged they are
+float32. Every export has a model card. A training run keeps no text encoder: --format=diffusers
+takes it from the base checkpoint. --check opens the export with torch and compares the networks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from jaxpercept.checkpoints.rules import DTYPES
 from jaxpercept.checkpoints.tokenizer import missing_tokenizer_files
 from jaxpercept.checkpoints.values import in_short
 from jaxpercept.errors import UserError
-from jaxpercept.inference.opening import assemble, check_runs, describe
+from jaxpercept.inference.opening import assemble, describe, open_own, padded_prompt
 from jaxpercept.inference.predictor import Params
 from jaxpercept.methods.layouts import as_marigold, as_stable_diffusion
 from jaxpercept.models.lora import LoraConfig, is_lora
@@ -233,8 +234,7 @@ def open_model(
             checkpoint = assemble(source, base, dtype=None)
             description, params = describe(checkpoint, family=family, task=task)
             return Model(description, params, checkpoint.tokenizer_dir)
-        check_runs(load.describe(source), source)
-        description, params = load.load_model(source, dtype=None, merge_lora=merge_lora)
+        description, params = open_own(source, dtype=None, merge_lora=merge_lora)
         tokenizer = folder / "tokenizer"
         return Model(description, params, None if missing_tokenizer_files(tokenizer) else tokenizer)
 
@@ -247,6 +247,8 @@ def _save_diffusers(
             f"a diffusers folder has no place for the model's {min(extra)}: use --format=orbax."
         )
     model = _with_text_encoder(model, base)
+    if model.description.task:
+        _check_prompt(model)
     one_step = model.description.method.get("name") == "one_step"
     if layout == "marigold":
         if not one_step:
@@ -278,11 +280,25 @@ def _save_diffusers(
 def _save_lora(folder: Path, model: Model, source: str, dtype: str | None) -> Model:
     if not model.description.lora:
         raise UserError(f"{source} has no low-rank additions: leave --format=lora out.")
+    _check_trained(model, source)
     lora = LoraConfig.from_dict(model.description.lora)
     weights = model.params[lora.component]
     save_adapter(folder, lora, weights, dtype=dtype or "float32")
     factors = {path: value for path, value in weights.items() if is_lora(path)}
     return dataclasses.replace(model, params={lora.component: factors})
+
+
+def _check_trained(model: Model, source: str) -> None:
+    """Raises a UserError where a run has trained more than its low-rank additions."""
+    trainable = model.description.config.get("trainable", ())
+    for component, paths in model.params.items():
+        for name in (f"{component}/{path}" for path in paths if not is_lora(path)):
+            if any(re.match(expression, name) for expression in trainable):
+                raise UserError(
+                    f"{source} has trained {name}, too, which an adapter does not hold: convert it "
+                    "to orbax or diffusers, which merge, or train with "
+                    "config.trainable=('unet/.*lora_',)."
+                )
 
 
 def _with_text_encoder(model: Model, base: str | None) -> Model:
@@ -306,6 +322,24 @@ def _with_text_encoder(model: Model, base: str | None) -> Model:
         {**model.params, "text_encoder": other.params["text_encoder"]},
         other.tokenizer_dir,
     )
+
+
+def _check_prompt(model: Model) -> None:
+    """Raises a UserError where the text encoder does not give what the model reads.
+
+    A diffusers folder holds the text encoder and the text, not what the one makes of the other.
+    """
+    description, tokenizer = model.description, model.tokenizer_dir
+    checkpoint = diffusers.Checkpoint(description.components, model.params, tokenizer_dir=tokenizer)
+    text = description.config.get("prompt", "")
+    given = load.encode_prompt(checkpoint, text, padded=padded_prompt(description))
+    own = np.asarray(model.params["prompt"]["embedding"], np.float32)
+    # Devices round differently, and a run may keep what it does not train in half precision.
+    if given.shape != own.shape or np.linalg.norm(given - own) > 0.1 * np.linalg.norm(own):
+        raise UserError(
+            f"the model reads something else than the text encoder makes of {in_short(repr(text))}:"
+            " name the checkpoint that it was trained from with --base, or use --format=orbax."
+        )
 
 
 def _save_stablehlo(

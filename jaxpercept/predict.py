@@ -59,7 +59,12 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "batch_size", None, "Predictions at a time; default: one a device.", flag_values=FLAGS
 )
-flags.DEFINE_string("prompt", "", "For tasks that read text.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "prompt",
+    "",
+    "What the network reads, where there is a text encoder; default: as it was trained.",
+    flag_values=FLAGS,
+)
 cli.define_model_flags(FLAGS)
 flags.DEFINE_integer(
     "tile",
@@ -96,7 +101,8 @@ flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAG
 OWN_FLAGS = tuple(FLAGS)
 REQUIRED = ("checkpoint", "input", "output")
 _MANY_SIZES = 5  # from so many on, compiling takes longer than most folders' predictions
-_OPENING = ("task", "family", "base", "vae", "decoder", "lora", "vae_tile", "pad_multiple", "dtype")
+_OPENING = ("task", "family", "base", "vae", "decoder", "lora", "prompt", "vae_tile")
+_OPENING += ("pad_multiple", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +171,6 @@ def predict(
     jobs = jobs[jax.process_index() :: jax.process_count()]
     if tile:
         call = functools.partial(pipeline.tiled, tile=tile, batch_size=batch_size)
-        if options.pop("prompt", ""):
-            raise UserError("a tiled prediction reads no text: leave the prompt out.")
         batch_size = 1
     else:
         call = functools.partial(pipeline, batch_size=batch_size)
@@ -236,8 +240,6 @@ def _predict_sequence(
     """Predict frame by frame, then bring the whole sequence to [0, 1] by one scale."""
     if jax.process_count() > 1:
         raise UserError("--sequence runs on one process: each frame needs the one before.")
-    if options.pop("prompt", ""):
-        raise UserError("a sequence reads no text: leave the prompt out.")
     failures, kept, results = [], [], []
     affine = pipeline.perception.task.merge == "affine"
     lowest, highest = np.inf, -np.inf

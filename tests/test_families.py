@@ -1,15 +1,19 @@
 """Every published family of checkpoints, opened from its folder, predicts as torch does."""
 
+import dataclasses
+
 import families
 import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_model import one_device, quick_compile  # noqa: F401
 
 from jaxpercept import PerceptionPipeline
 from jaxpercept.diffusion.noise import per_example
 from jaxpercept.errors import UserError
+from jaxpercept.inference.opening import open_perception
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -214,6 +218,59 @@ def test_intrinsics_come_apart_with_their_names(opened, rng):
     out = pipe(rng.random((2, 16, 24, 3), np.float32), processing_resolution=0)
     assert out.prediction.shape == (6, 16, 24, 3)
     assert out.target_properties["target_names"] == ["albedo", "shading", "residual"]
+
+
+def test_a_prompt_is_read_where_there_is_a_text_encoder(opened, rng):
+    """GenPercept's ablations were trained with one, and are given it at prediction."""
+    family, pipe = opened("genpercept_bare_depth")
+    image, settings = rng.random((32, 24, 3), np.float32), {"processing_resolution": 0}
+    empty = pipe(image, **settings).prediction
+    theirs = family.predict(image, prompt="a red cube", **settings).prediction
+    assert np.abs(theirs - empty).max() > 1e-2
+    ours = open_family(family, prompt="a red cube")(image, **settings).prediction
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    by_call = pipe(image, prompt="a red cube", **settings).prediction
+    np.testing.assert_array_equal(by_call, ours)
+    np.testing.assert_array_equal(pipe(image, **settings).prediction, empty)
+
+
+def test_a_dpt_head_that_ends_with_a_relu(tmp_path, rng):
+    """As GenPercept's trainer leaves a run: `unet/` and `dpt_head/`, side by side."""
+    family = families.FAMILIES["genpercept_dpt_disparity"](tmp_path / "published")
+    latest, published = tmp_path / "latest", family.folder.parent
+    latest.mkdir()
+    family.folder.rename(latest / "unet")
+    (published / "vae").rename(latest / "vae")
+    (published / "dpt_head_identity").rename(latest / "dpt_head")
+    family = dataclasses.replace(family, folder=latest)
+    image, settings = rng.random((32, 48, 3), np.float32), {"processing_resolution": 0}
+
+    # The ReLU cuts off half of the map.
+    layers, seen = family.modules["dpt_head"].head.head, []
+    handle = layers[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    family.predict(image, **settings)
+    handle.remove()
+    with torch.no_grad():
+        layers[-2].bias -= seen[0].median()
+    save_file(family.modules["dpt_head"].state_dict(), latest / "dpt_head/model.safetensors")
+    without = family.predict(image, **settings).prediction
+    layers[-1] = torch.nn.ReLU()
+    theirs = family.predict(image, **settings).prediction
+    assert np.abs(theirs - without).mean() > 0.05
+    np.testing.assert_allclose(open_family(family)(image, **settings).prediction, theirs, atol=1e-4)
+
+    def end():
+        named = {"task": family.task, "base": family.base_folder}
+        return open_perception(str(latest), **named)[0].components["head"].final_activation
+
+    assert end() == "relu"
+    (latest / "dpt_head/config.json").write_text('{"final_activation": "identity"}')
+    assert end() == "identity"
+    (latest / "dpt_head/config.json").write_text('{"final_activation": 5}')
+    with pytest.raises(UserError, match="final_activation=5"):
+        end()
+    (latest / "dpt_head/config.json").write_text('{"model_type": "dpt"}')  # GenPercept's own
+    assert end() == "relu"
 
 
 def test_text_to_image_models_are_refused(tmp_path):

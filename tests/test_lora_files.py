@@ -256,6 +256,15 @@ def test_a_state_dict_with_an_adapter_inside(rng, tmp_path, targets):
         assert max_abs(twice[path], 2 * value - plain[path]) <= 1e-5, path
     assert merging.merged_tensors({"conv_in.weight": 1}) == {"conv_in.weight": 1}
 
+    half = {key: value.astype(np.float16) for key, value in tensors.items()}
+    whole = {key: value.astype(np.float32) for key, value in half.items()}
+    low = rules.to_jax(network.shapes, merging.merged_tensors(half), dtype=None)
+    exact = rules.to_jax(network.shapes, merging.merged_tensors(whole))
+    for path, value in low.items():
+        adapted = lora_config.covers(path.removesuffix(".kernel"))
+        assert value.dtype == (np.float32 if adapted else np.float16)
+        np.testing.assert_array_equal(value, exact[path])
+
     key = next(key for key in tensors if "lora_B" in key)
     layer = key.partition(".lora_B")[0]
     without = {k: v for k, v in tensors.items() if k != key}

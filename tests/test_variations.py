@@ -190,16 +190,23 @@ def test_lora_trains_its_factors_alone(base):
 
 
 def test_a_lora_workdir_opens_merged(data, tmp_path, rng):
-    """It predicts as the two factors beside the frozen weight do."""
+    """It predicts as the two factors beside the frozen weight do, also one in half precision."""
     small = tiny_run.base(tmp_path / "base")
     c = tiny(small, lambda c: presets.lora(c, 2), steps=4, **tiny_run.on_folder(data))
-    c.optimizer.learning_rate = 0.1
+    c.optimizer.learning_rate, c.frozen_dtype = 0.1, "bfloat16"
     state = train(c, tmp_path / "run", mesh=one_device())
     factors = jax.device_get(state["params"]["unet"])
     assert all(np.abs(f).max() > 0.01 for f in factors.values())
     pipe = PerceptionPipeline.from_pretrained(tmp_path / "run", mesh=one_device())
     assert not pipe.description.lora
     assert not any("lora" in path for path in pipe.params["unet"])
+    merged, frozen = load_model(str(tmp_path / "run"))[1]["unet"], start(c)[1]["unet"]
+    for layer in {path.partition(".lora_")[0] for path in factors}:
+        w, a, b = (
+            np.asarray(weights[f"{layer}.{name}kernel"], np.float64)
+            for weights, name in ((frozen, ""), (factors, "lora_A."), (factors, "lora_B."))
+        )
+        np.testing.assert_allclose(merged[f"{layer}.kernel"], w + a @ b, rtol=0, atol=1e-6)
     rgb = rng.integers(0, 256, (1, *tiny_run.SIZE, 3)).astype(np.uint8)
 
     setup = set_up(c)

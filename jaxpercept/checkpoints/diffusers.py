@@ -13,60 +13,35 @@ Only safetensors are read: a pickle can run code. `diffusers_write` writes such 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxpercept.checkpoints import hub
-from jaxpercept.checkpoints.fit import check_layers, head_config, lacks_output
-from jaxpercept.checkpoints.merging import merged_tensors
-from jaxpercept.checkpoints.rules import to_jax
+from jaxpercept.checkpoints.components import (
+    COMPONENTS,
+    DPT_HEADS,
+    Config,
+    find_head,
+    find_weights,
+    read_config,
+    read_head,
+    read_params,
+    weight_name,
+)
+from jaxpercept.checkpoints.fit import check_layers, lacks_output
 from jaxpercept.checkpoints.tokenizer import TOKENIZER_FILES, missing_tokenizer_files
-from jaxpercept.checkpoints.values import (
-    check_model_index,
-    check_numbers,
-    check_scheduler,
-    in_short,
-)
-from jaxpercept.checkpoints.weights import (
-    PICKLES,
-    open_weights,
-    read_json,
-    shard_names,
-    weight_file,
-)
+from jaxpercept.checkpoints.values import check_model_index, check_scheduler
+from jaxpercept.checkpoints.weights import open_weights, read_json, shard_names
 from jaxpercept.errors import UserError
-from jaxpercept.models.config import (
-    AutoencoderConfig,
-    AutoencoderTinyConfig,
-    CLIPTextConfig,
-    UNetConfig,
-    VAEConfig,
-    config_of,
-)
-from jaxpercept.models.dpt import DPTConfig, published_tensors
-from jaxpercept.models.functional import functional
+from jaxpercept.models.config import AutoencoderConfig
 
-Config = UNetConfig | AutoencoderConfig | CLIPTextConfig | DPTConfig
 Params = dict[str, dict[str, Any]]
 
-
-class _Component(NamedTuple):
-    configs: tuple[type, ...]  # the first where config.json has no _class_name
-    stem: str  # of the weight files
-    library: str
-
-
-COMPONENTS = {
-    "unet": _Component((UNetConfig,), "diffusion_pytorch_model", "diffusers"),
-    "vae": _Component((VAEConfig, AutoencoderTinyConfig), "diffusion_pytorch_model", "diffusers"),
-    "text_encoder": _Component((CLIPTextConfig,), "model", "transformers"),
-}
 
 _TOP_FILES = (
     "model_index.json",
     "scheduler/scheduler_config.json",
     *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
 )
-_DPT_HEAD = "dpt_head_identity"
 
 # Folder of each component to read within the checkpoint: its name, or "" for the checkpoint's own.
 _Places = dict[str, str]
@@ -116,7 +91,7 @@ def load(
     folder, checkpoint = _open(str(path_or_hub_id), components, variant)
     for name, config in checkpoint.configs.items():
         file = find_weights(folder / name, name, variant)
-        checkpoint.params[name] = _read_params(file, config, dtype)
+        checkpoint.params[name] = read_params(file, config, dtype)
     return checkpoint
 
 
@@ -142,7 +117,7 @@ def load_autoencoder(
     _check_complete(folder, places(folder), variant)
     folder /= places(folder)["vae"]
     config = read_config(folder, "vae")
-    return config, _read_params(find_weights(folder, "vae", variant), config, dtype)
+    return config, read_params(find_weights(folder, "vae", variant), config, dtype)
 
 
 def load_parts(
@@ -156,8 +131,8 @@ def load_parts(
 
     A folder with config.json and weights of its own is taken for a UNet, as GenPercept publishes
     them ("guangkaixu/genpercept-models/unet_depth_v2" on the hub), beside `vae/`. A UNet without
-    output convolution needs a DPT head, which is looked for in `dpt_head_identity/`, inside or
-    beside it, and becomes the component "head".
+    output convolution needs a DPT head, which is looked for in `dpt_head_identity/` and
+    `dpt_head/`, inside or beside it, and becomes the component "head".
 
     Args:
       path_or_hub_id, variant, dtype: as `load`; a hub id may go on with a folder's name.
@@ -176,9 +151,9 @@ def load_parts(
         file = find_weights(folder, name, variant)
         headless = name == "unet" and lacks_output(open_weights(file))
         checkpoint.configs[name] = config
-        checkpoint.params[name] = _read_params(file, config, dtype, not headless)
+        checkpoint.params[name] = read_params(file, config, dtype, not headless)
         if headless:
-            head, checkpoint.params["head"] = _read_head(find_head(folder), config, dtype)
+            head, checkpoint.params["head"] = read_head(find_head(folder), config, dtype)
             checkpoint.configs["head"] = head
     return checkpoint
 
@@ -209,7 +184,7 @@ def fetch_parts(
         return {name: every[name] for name in there}
 
     patterns = [f"{_inside(inside)}{name}" for name in (*_TOP_FILES, *also)]
-    patterns += [f"*{_DPT_HEAD}/*"]
+    patterns += [f"{place}{head}/*" for head in DPT_HEADS for place in ("", "*/")]
     for place in (inside, "vae", *whole.values()):
         patterns += _small_files(place)
     top = _folder(repo, patterns, places, variant)
@@ -283,7 +258,7 @@ def _folder(
         for name, place in places(folder).items():
             inside = [n[len(_inside(place)) :] for n in names if n.startswith(_inside(place))]
             where = f"{source}/{place}".rstrip("/")
-            file = _weight_name(inside, name, variant, where)
+            file = weight_name(inside, name, variant, where)
             if file is None:
                 continue
             if file.endswith(".json"):
@@ -306,32 +281,6 @@ def _small_files(place: str) -> list[str]:
     return [f"{_inside(place)}config.json", f"{_inside(place)}*.index*.json"]
 
 
-def find_weights(folder: Path, component: str, variant: str | None = None) -> Path | None:
-    """The file of a component's weights, or the index of its shards; None where there is none.
-
-    Raises:
-      UserError: all there are is pickles, or unknown variants to choose between.
-    """
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    name = _weight_name(names, component, variant, str(folder))
-    return None if name is None else folder / name
-
-
-def _weight_name(
-    names: Collection[str], component: str, variant: str | None, where: str
-) -> str | None:
-    """The same among the names of a folder's files."""
-    name = weight_file(names, COMPONENTS[component].stem, variant, where)
-    pickles = sorted(other for other in names if other.endswith(PICKLES))
-    if name is None and pickles and not any(other.endswith(".safetensors") for other in names):
-        raise UserError(
-            f"{where} holds its weights as a pickle ({pickles[0]}), which can run any code when "
-            "read; convert it to safetensors where you trust it (load it with diffusers and call "
-            "save_pretrained(folder, safe_serialization=True))."
-        )
-    return name
-
-
 def _check_complete(folder: Path, places: _Places, variant: str | None) -> None:
     """Raises one UserError that lists every file missing."""
     missing = []
@@ -351,31 +300,6 @@ def _check_complete(folder: Path, places: _Places, variant: str | None) -> None:
         )
 
 
-def read_config(folder: Path, component: str) -> Config:
-    """The architecture that the config.json in a component's folder describes.
-
-    Raises:
-      UserError: the file is damaged, or the architecture not supported.
-    """
-    path = folder / "config.json"
-    content = read_json(path)
-    check_numbers(content, path)
-    try:
-        return config_of(content, COMPONENTS[component].configs)
-    except UserError as error:
-        raise UserError(in_short(f"{path}: {error}", 1000)) from None
-
-
-def _read_params(
-    file: Path, config: Config, dtype: str | None, head: bool = True
-) -> dict[str, Any]:
-    """The parameters in one file of weights, or in the shards that an index lists."""
-    tensors = merged_tensors(open_weights(file))  # of GenPercept's LoRA runs
-    check_layers(config, len(tensors), file)
-    shapes = functional(config, head=head).shapes
-    return to_jax(shapes, tensors, where=str(file), dtype=dtype)
-
-
 def _split(source: str) -> tuple[str, str]:
     """("owner/name", "folder") of "owner/name/folder"; of a local network, parent and name."""
     path = Path(source).expanduser()
@@ -391,31 +315,6 @@ def _split(source: str) -> tuple[str, str]:
 def is_network(folder: Path) -> bool:
     """Whether a folder holds a network of its own, and no checkpoint of several."""
     return (folder / "config.json").is_file() and not (folder / "unet").is_dir()
-
-
-def find_head(unet: Path) -> Path:
-    """The safetensors file of the DPT head that belongs to a UNet without output convolution.
-
-    Raises:
-      UserError: it is neither in the UNet's folder nor beside it.
-    """
-    for folder in (unet, unet.parent, unet.parent.parent):
-        for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
-            if (folder / _DPT_HEAD / name).is_file():
-                return folder / _DPT_HEAD / name
-    raise UserError(
-        f"{unet} has no output convolution: it needs GenPercept's DPT head in "
-        f"{unet.parent / _DPT_HEAD}/model.safetensors, which is not there; download it."
-    )
-
-
-def _read_head(file: Path, unet: UNetConfig, dtype: str | None) -> tuple[DPTConfig, dict[str, Any]]:
-    tensors = open_weights(file)
-    config = head_config(tensors, unet, file)
-    tensors = published_tensors(tensors, config)
-    check_layers(config, len(tensors), file)
-    shapes = functional(config).shapes
-    return config, to_jax(shapes, tensors, where=str(file), dtype=dtype)
 
 
 def _read_if_there(path: Path, check: Callable[[dict[str, Any], Path], None]) -> dict[str, Any]:

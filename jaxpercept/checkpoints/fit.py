@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpercept.checkpoints.values import in_short, listed
+from jaxpercept.checkpoints.weights import read_json
 from jaxpercept.errors import UserError
 from jaxpercept.models.config import AutoencoderTinyConfig, CLIPTextConfig, UNetConfig, VAEConfig
 from jaxpercept.models.dpt import DPTConfig
@@ -123,19 +124,27 @@ def lacks_output(tensors: Iterable[str]) -> bool:
     return not any(name.startswith(("conv_out.", "conv_norm_out.")) for name in tensors)
 
 
-def head_config(tensors: Mapping[str, Any], unet: UNetConfig, where: str | Path) -> DPTConfig:
-    """The architecture of a UNet's DPT head, told from its tensors: it has no config.json.
+def head_config(tensors: Mapping[str, Any], unet: UNetConfig, file: Path) -> DPTConfig:
+    """The architecture of a UNet's DPT head, told from the tensors in its file.
+
+    How it ends they do not tell. GenPercept's `dpt_head/` ends with a ReLU, `dpt_head_identity/`
+    does not, unless a config.json beside the file has another `final_activation`.
 
     Raises:
-      UserError: there is no such head.
+      UserError: there is no such head, or the config.json is damaged.
     """
     name = "neck.convs.0.weight"
     shape = tensors[name].shape if name in tensors else ()
     width = shape[0] if shape else DPTConfig.fusion_hidden_size
+    end = "relu" if file.parent.name == "dpt_head" else "identity"
+    config = file.with_name("config.json")
+    if config.is_file():
+        end = read_json(config).get("final_activation", end)
     try:
-        return DPTConfig(neck_hidden_sizes=unet.block_out_channels, fusion_hidden_size=width)
+        told = DPTConfig(neck_hidden_sizes=unet.block_out_channels, fusion_hidden_size=width)
+        return DPTConfig.from_dict({**told.to_dict(), "final_activation": end})
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(in_short(f"{file}: {error}", 1000)) from None
 
 
 def misshaped_prompt(stored: Mapping[str, Any], unet: UNetConfig | None) -> list[str]:

@@ -69,6 +69,7 @@ def load_model(
     components: Sequence[str] = ("unet", "vae", "text_encoder"),
     dtype: str | None = "float32",
     prompt: str = "",
+    padded: bool = False,
     merge_lora: bool = True,
 ) -> tuple[Description, Params]:
     """Open a checkpoint of any kind.
@@ -79,7 +80,9 @@ def load_model(
             what it holds.
         dtype: of a diffusers checkpoint's weights, None for the type they are stored in; others
             are as they were saved.
-        prompt: what to encode; a jaxpercept checkpoint without text encoder keeps its own.
+        prompt: what to encode; "" is the prompt that a jaxpercept checkpoint was trained with. One
+            without text encoder keeps that in any case.
+        padded: whether a prompt is padded to the text tower's length, as Lotus's is.
         merge_lora: add the low-rank factors of a training run to the weights they belong to; False
             keeps them beside, and `lora` in the description.
 
@@ -93,13 +96,13 @@ def load_model(
     with readable(source):
         folder = Path(resolve(source))
         if (folder / FILE_NAME).is_file():
-            description, params = _load_own(folder, dtype)
+            description, params = _load_own(folder, dtype, prompt, padded)
             if description.lora and merge_lora:
                 params = merge(params, LoraConfig.from_dict(description.lora))
                 description = dataclasses.replace(description, lora={})
             return description, params
-        checkpoint, params = _load_diffusers(str(folder), components, dtype, prompt)
-        return _description(checkpoint), params
+        checkpoint = diffusers.load(str(folder), components=tuple(components), dtype=dtype)
+        return _description(checkpoint), _with_prompt(checkpoint, prompt, padded)
 
 
 def _describe_own(folder: Path) -> tuple[Description, dict[Path, Any]]:
@@ -129,12 +132,24 @@ def _describe_own(folder: Path) -> tuple[Description, dict[Path, Any]]:
     return description, shapes
 
 
-def _load_own(folder: Path, dtype: str | None) -> tuple[Description, Params]:
+def _load_own(
+    folder: Path, dtype: str | None, prompt: str, padded: bool
+) -> tuple[Description, Params]:
     description, stores = _describe_own(folder)
-    if stores:
-        parts = [orbax.load_params(store, shapes) for store, shapes in stores.items()]
-        return description, merge_params(*parts)
-    return description, _load_diffusers(str(folder), tuple(description.components), dtype)[1]
+    components = description.components
+    if not stores:
+        checkpoint = diffusers.load(folder, components=tuple(components), dtype=dtype)
+        # What the UNet read in training is not stored beside the text encoder that gives it.
+        prompt = prompt or description.config.get("prompt", "")
+        return description, _with_prompt(checkpoint, prompt, padded)
+    params = merge_params(*(orbax.load_params(store, shapes) for store, shapes in stores.items()))
+    if prompt and "text_encoder" in components:
+        tokenizer, source = folder / "tokenizer", str(folder)
+        checkpoint = diffusers.Checkpoint(
+            components, params, tokenizer_dir=tokenizer, source=source
+        )
+        params = _with_prompt(checkpoint, prompt, padded)
+    return description, params
 
 
 def _check_configs(description: Description, folder: Path) -> None:
@@ -174,14 +189,12 @@ def latest_step(workdir: Path) -> int | None:
     return max(steps, default=None)
 
 
-def _load_diffusers(
-    source: str, components: Sequence[str], dtype: str | None, prompt: str = ""
-) -> tuple[diffusers.Checkpoint, Params]:
-    checkpoint = diffusers.load(source, components=tuple(components), dtype=dtype)
-    params = checkpoint.params
-    if "text_encoder" in checkpoint.configs:
-        params["prompt"] = {"embedding": encode_prompt(checkpoint, prompt)}
-    return checkpoint, params
+def _with_prompt(checkpoint: diffusers.Checkpoint, prompt: str, padded: bool) -> Params:
+    """The weights, and the encoded prompt where there is a text encoder."""
+    if "text_encoder" not in checkpoint.configs:
+        return checkpoint.params
+    embedding = encode_prompt(checkpoint, prompt, padded=padded)
+    return {**checkpoint.params, "prompt": {"embedding": embedding}}
 
 
 def _description(checkpoint: diffusers.Checkpoint) -> Description:
@@ -198,8 +211,9 @@ def encode_prompt(
 ) -> np.ndarray:
     """The text encoder's output: float32 [1, tokens, d], 2 tokens for ""; [1, length, d] padded.
 
-    GenPercept and Marigold tokenise the empty prompt without padding, which leaves the start and
-    the end token [GenPercept `genpercept_trainer.py`]; Lotus pads it to the text tower's length.
+    GenPercept and Marigold tokenise the prompt without padding, which leaves the start and the end
+    token of an empty one [GenPercept `genpercept_trainer.py`]; Lotus pads it to the text tower's
+    length.
 
     Raises:
         UserError: there is no tokenizer, it does not fit the text encoder, or the encoder's output

@@ -20,7 +20,8 @@ _INSIDE = re.compile(r"(.+)\.(base_layer|lora_[AB](?:\.\w+)?)\.weight")
 def merge(params: Params, lora: LoraConfig) -> Params:
     """The weights of the same model without LoRA: W + alpha / rank A B where there was one.
 
-    The sums are taken in float32 and have W's type. Components without LoRA are passed on.
+    The sums are float32, whatever W's type is: in half precision an addition of a thousandth of W
+    would be lost to rounding. All other weights are passed on.
 
     Raises:
       UserError: a merged weight is not finite.
@@ -32,12 +33,12 @@ def merge(params: Params, lora: LoraConfig) -> Params:
         kernel, a, b = (
             np.asarray(weights[f"{layer}.{name}kernel"]) for name in ("", "lora_A.", "lora_B.")
         )
-        with np.errstate(over="ignore"):
-            kernel = merged_kernel(kernel, a, b, lora.scale).astype(kernel.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            kernel = merged_kernel(kernel, a, b, lora.scale)
         if not np.isfinite(kernel).all():
             raise UserError(
-                f"{lora.component}/{layer}.kernel with its LoRA addition is not finite in "
-                f"{kernel.dtype}; merge into float32 weights, or check the training."
+                f"{lora.component}/{layer}.kernel with its LoRA addition is not finite: check the "
+                "training, or use another adapter."
             )
         merged[f"{layer}.kernel"] = kernel
     return {**params, lora.component: merged}
@@ -48,7 +49,7 @@ def merged_tensors(tensors: Mapping[str, Any], alpha: int | float | None = None)
 
     That is what `save_pretrained` of a network with an adapter writes, and GenPercept's LoRA runs
     are: `X.base_layer.weight`, `X.lora_A.default.weight` and `X.lora_B.default.weight` stand for
-    `X.weight`. Nothing is computed before a tensor is read.
+    `X.weight`. Nothing is computed before a tensor is read; the sums are float32, as `merge`'s.
 
     Args:
       tensors: `state-dict key -> tensor`, in PyTorch's layout; see `rules.to_jax`.
@@ -89,7 +90,7 @@ class _MergedTensor:
         w, a, b = (np.asarray(part) for part in self._parts)
         a, b = (x.astype(np.float32).reshape(x.shape[0], -1) for x in (a, b))
         merged = w.astype(np.float32) + np.float32(self._scale) * (b @ a).reshape(w.shape)
-        return merged.astype(dtype or w.dtype)
+        return merged if dtype is None else merged.astype(dtype)
 
 
 def adapted_layers(factors: Mapping[str, Any], lora: LoraConfig) -> list[str]:

@@ -66,6 +66,13 @@ def _or_null(kind: _Kind) -> _Kind:
     return _Kind(f"{kind.words}, or null", lambda value: value is None or kind.fits(value))
 
 
+def _compiles(expression: Any) -> bool:
+    try:
+        return isinstance(expression, str) and re.compile(expression) is not None
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
 _OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
 _NAME = _Kind(
@@ -132,6 +139,10 @@ _RECIPE = {
     "timesteps": _or_null(_list_of(_integer(0, _MAX_TIMESTEPS))),
     "head": _either("vae", "dpt"),
 }
+_CONFIG = {
+    "prompt": _Kind("a text", lambda value: isinstance(value, str)),
+    "trainable": _list_of(_Kind("a regular expression", _compiles)),
+}
 _DESCRIPTION = {
     "components": _object_of(_OBJECT),
     "scheduler": _OBJECT,
@@ -183,6 +194,7 @@ def check_description(content: Mapping[str, Any], where: str | Path) -> None:
     check_scheduler(content["scheduler"], where)
     check_model_index(content.get("model_index", {}), where)
     _check(content.get("method", {}), _METHOD, where)
+    _check(content.get("config", {}), _CONFIG, where)
     recipe = content.get("recipe", {})
     _check(recipe, _RECIPE, where, closed=True)
     if recipe and "family" not in recipe:

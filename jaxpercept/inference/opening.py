@@ -39,6 +39,7 @@ def open_perception(
     vae: Source | None = None,
     decoder: Source | None = None,
     lora: Source | None = None,
+    prompt: str = "",
 ) -> tuple[Description, Params]:
     """A checkpoint of any kind and family; arguments as `PerceptionPipeline.from_pretrained`.
 
@@ -46,9 +47,9 @@ def open_perception(
         The description and the weights as NumPy arrays.
 
     Raises:
-        UserError: nothing complete there, something must be named, the parts make no model, or it
-            is a text-to-image model that was never fine-tuned. All but the prompt's own faults are
-            found before anything is compiled.
+        UserError: nothing complete there, something must be named, the parts make no model, it is
+            a text-to-image model that was never fine-tuned, or there is no text encoder for the
+            prompt. All but the prompt's own faults are found before anything is compiled.
     """
     with readable(source):
         folder = Path(resolve(source))
@@ -58,20 +59,42 @@ def open_perception(
                 raise UserError(
                     f"{source} says itself what it is and has all it needs: leave --{given[0]} out."
                 )
-            description = load.describe(source)
-            if not description.task:
-                raise _not_fine_tuned(source)
-            check_runs(description, source)
-            description, params = load.load_model(source)
+            description, params = open_own(source, prompt=prompt, must_predict=True)
         else:
             checkpoint = assemble(source, base)
-            description, params = describe(checkpoint, family=family, task=task, must_predict=True)
+            description, params = describe(
+                checkpoint, family=family, task=task, prompt=prompt, must_predict=True
+            )
         for component, other in (("vae", vae), ("decoder", decoder)):
             if other is not None:
                 description, params = _replace(description, params, component, os.fspath(other))
         if lora is not None:
             params = _adapt(description, params, lora)
     return description, params
+
+
+def open_own(
+    source: str,
+    *,
+    dtype: str | None = "float32",
+    prompt: str = "",
+    merge_lora: bool = True,
+    must_predict: bool = False,
+) -> tuple[Description, Params]:
+    """A checkpoint with a jaxpercept.json; arguments as of `load.load_model`.
+
+    Raises:
+        UserError: it is not complete, its parts cannot work together, there is no text encoder for
+            the prompt, or it is a text-to-image model, which `must_predict` refuses.
+    """
+    description = load.describe(source)
+    if must_predict and not description.task:
+        raise _not_fine_tuned(source)
+    check_runs(description, source)
+    if prompt and "text_encoder" not in description.components:
+        raise no_text(source)
+    padded = padded_prompt(description)
+    return load.load_model(source, dtype=dtype, prompt=prompt, padded=padded, merge_lora=merge_lora)
 
 
 def assemble(source: str, base: Source | None, *, dtype: str | None = "float32") -> Checkpoint:
@@ -111,6 +134,7 @@ def describe(
     *,
     family: str | None = None,
     task: str | None = None,
+    prompt: str = "",
     must_predict: bool = False,
 ) -> tuple[Description, Params]:
     """What a complete diffusers checkpoint predicts, and its weights with the encoded prompt.
@@ -147,9 +171,14 @@ def describe(
     elif must_predict:
         raise _not_fine_tuned(checkpoint.source)
     check_runs(description, checkpoint.source)
-    padded = found is not None and Recipe.of(**found.recipe).padded_prompt
-    params["prompt"] = {"embedding": load.encode_prompt(checkpoint, padded=padded)}
+    padded = padded_prompt(description)
+    params["prompt"] = {"embedding": load.encode_prompt(checkpoint, prompt, padded=padded)}
     return description, params
+
+
+def padded_prompt(description: Description) -> bool:
+    """Whether a model's prompt is padded to the text tower's length."""
+    return bool(description.recipe) and Recipe.of(**description.recipe).padded_prompt
 
 
 def check_runs(description: Description, source: str) -> None:
@@ -280,6 +309,14 @@ def perception_of(
         )
     return build_perception(
         description, dtype=jnp.dtype(dtype), attention=attention, vae_tile=vae_tile
+    )
+
+
+def no_text(source: str) -> UserError:
+    """A prompt is given where nothing can encode it."""
+    return UserError(
+        f"{source or 'this model'} reads no text but the prompt it was trained with, having no "
+        "text encoder: leave the prompt out."
     )
 
 

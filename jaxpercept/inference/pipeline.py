@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxpercept.checkpoints.load import latest_step
 from jaxpercept.errors import UserError
 from jaxpercept.inference.answer import PerceptionOutput, targets_apart
 from jaxpercept.inference.images import to_batch
-from jaxpercept.inference.opening import open_perception, perception_of
+from jaxpercept.inference.opening import no_text, open_perception, perception_of
 from jaxpercept.inference.options import Options, check_options
 from jaxpercept.inference.outputs import KINDS, legend
 from jaxpercept.inference.predictor import (
@@ -81,6 +82,7 @@ class PerceptionPipeline:
         self.mesh = local_mesh() if mesh is None else mesh
         self.params = place_weights(params, dtype, self.mesh)
         self._predictor = Predictor(self.perception, self.mesh, pad_multiple=pad_multiple)
+        self._encode: Callable[[str], dict[str, np.ndarray]] | None = None
 
     @classmethod
     def from_pretrained(
@@ -93,6 +95,7 @@ class PerceptionPipeline:
         vae: str | os.PathLike[str] | None = None,
         decoder: str | os.PathLike[str] | None = None,
         lora: str | os.PathLike[str] | None = None,
+        prompt: str = "",
         dtype: str = "float32",
         mesh: Mesh | None = None,
         attention: str = "auto",
@@ -113,17 +116,20 @@ class PerceptionPipeline:
             vae: an autoencoder in place of the checkpoint's own, AutoencoderKL or AutoencoderTiny.
             decoder: an autoencoder that only decodes in the place of the own one.
             lora: an adapter of the UNet, in peft's or diffusers' format, added to its weights.
+            prompt: what the UNet reads, where there is a text encoder; "" is what the model was
+                trained with, if it says so, or the empty prompt.
             dtype, mesh, attention, vae_tile, pad_multiple: see the class.
 
         Raises:
-            UserError: nothing complete there; something must be named; or a text-to-image model
-                that was never fine-tuned.
+            UserError: nothing complete there; something must be named; a text-to-image model that
+                was never fine-tuned; or a prompt and no text encoder.
         """
         source = os.fspath(path_or_id)
+        named = {"task": task, "family": family, "base": base}
         description, params = open_perception(
-            source, task=task, family=family, base=base, vae=vae, decoder=decoder, lora=lora
+            source, vae=vae, decoder=decoder, lora=lora, prompt=prompt, **named
         )
-        return cls(
+        pipeline = cls(
             description,
             params,
             dtype=dtype,
@@ -134,6 +140,10 @@ class PerceptionPipeline:
             checkpoint=source,
             step=latest_step(Path(source)),
         )
+        pipeline._encode = functools.cache(
+            lambda text: open_perception(source, prompt=text, **named)[1]["prompt"]
+        )
+        return pipeline
 
     def __call__(
         self,
@@ -169,7 +179,8 @@ class PerceptionPipeline:
                 gives it (where both fit, the first is meant).
             seed: of the noise. The noise of a prediction depends on the seed and on its number
                 alone, not on batch size or devices.
-            prompt: empty for a task that reads no text.
+            prompt: what the UNet reads instead of the prompt it was opened with. The first time
+                that a text is given, the checkpoint is opened again to encode it.
             batch_size: predictions at a time; None: one a device.
             flip: also predict for the mirrored image, and merge.
             resample_method_input, resample_method_output: "bilinear", "bicubic", "nearest",
@@ -191,10 +202,11 @@ class PerceptionPipeline:
         check_options(self.perception, options)
         if latents is not None and not self.perception.recipe.draws_noise:
             raise UserError("this model starts from the image, not from noise: leave latents out.")
+        params = self.params
         if prompt:
-            raise UserError(
-                f"the task {self.perception.task.name!r} reads no text: leave the prompt out."
-            )
+            if self._encode is None:
+                raise no_text(self.checkpoint)
+            params = {**params, "prompt": self._encode(prompt)}
         factor = self.perception.model.downscale
         resolution = resolve_resolution(processing_resolution, self.description.resolution, factor)
         images = to_batch(image)
@@ -202,6 +214,7 @@ class PerceptionPipeline:
             size = processing_size(images.shape[1:3], resolution)
             latents = self._noise(latents, len(images) * ensemble_size, size)
         predictions = self._predict(
+            params,
             images,
             batch_size,
             latents,
@@ -358,6 +371,7 @@ class PerceptionPipeline:
 
     def _predict(
         self,
+        params: Params,
         images: Shaped[np.ndarray, "n h w 3"],
         batch_size: int | None,
         latents: np.ndarray | None,
@@ -377,7 +391,7 @@ class PerceptionPipeline:
         for items, padded in batches:
             own = slice(items[0] * members, (items[-1] + 1) * members)
             prediction = self._predictor(
-                self.params,
+                params,
                 put_rows(images[items], padded, self.mesh),
                 options=options,
                 latents=None if latents is None else latents[own],

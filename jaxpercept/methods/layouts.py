@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from jaxpercept.checkpoints.description import Description
+from jaxpercept.checkpoints.values import in_short
 from jaxpercept.diffusion.schedule import GENPERCEPT
 from jaxpercept.errors import UserError
+from jaxpercept.tasks import get_task
+from jaxpercept.tasks.normals import NormalsTask
 
 _PIPELINES = {
     "depth": "MarigoldDepthPipeline",
@@ -38,26 +41,33 @@ def as_marigold(
     (`set_alpha_to_one`), the last sample is minus the UNet's output, as GenPercept has it.
 
     Raises:
-        UserError: diffusers has no pipeline for the task.
+        UserError: diffusers has no pipeline for the task, or the model reads a prompt, and those
+            give the empty one.
     """
-    task = description.task
-    if task not in _PIPELINES:
+    name = description.task
+    if name not in _PIPELINES:
         raise UserError(
-            f"diffusers has no pipeline for the task {task!r}: leave --layout=marigold out."
+            f"diffusers has no pipeline for the task {name!r}: leave --layout=marigold out."
         )
+    if prompt := description.config.get("prompt"):
+        raise UserError(
+            f"the model was trained with the prompt {in_short(repr(prompt))}, and diffusers' "
+            "Marigold pipelines read the empty one: leave --layout=marigold out."
+        )
+    task = get_task(name, **description.task_options)
     config = description.components["unet"]
     kernel = np.asarray(unet["conv_in.kernel"])
     widened = {**unet, "conv_in.kernel": np.concatenate([kernel, np.zeros_like(kernel)], axis=2)}
     index: dict[str, Any] = {
-        "_class_name": _PIPELINES[task],
-        "prediction_type": task,
+        "_class_name": _PIPELINES[name],
+        "prediction_type": name,
         "default_denoising_steps": 1,
         "default_processing_resolution": max(description.resolution),
     }
-    if task == "normals":
-        index["use_full_z_range"] = True
+    if isinstance(task, NormalsTask):
+        index["use_full_z_range"] = task.full_z_range
     else:
-        index |= {"scale_invariant": True, "shift_invariant": True}
+        index |= task.merge_options  # scale_invariant, shift_invariant
     scheduler = as_stable_diffusion(description).scheduler | {"set_alpha_to_one": True}
     components = {
         **description.components,

@@ -85,6 +85,12 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     }
     for name, meaning in text.items():
         flags.DEFINE_string(name, None, meaning, flag_values=flag_values)
+    flags.DEFINE_string(
+        "prompt",
+        "",
+        "What the network reads, where there is a text encoder; default: as it was trained.",
+        flag_values=flag_values,
+    )
     flags.DEFINE_integer(
         "vae_tile",
         0,

@@ -59,12 +59,6 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "batch_size", None, "Predictions at a time; default: one a device.", flag_values=FLAGS
 )
-flags.DEFINE_string(
-    "prompt",
-    "",
-    "What the network reads, where there is a text encoder; default: as it was trained.",
-    flag_values=FLAGS,
-)
 cli.define_model_flags(FLAGS)
 flags.DEFINE_integer(
     "tile",

@@ -137,6 +137,7 @@ def _check_architectures(names: Iterable[str], parts: Mapping[str, Part]) -> Non
 def _plan(description: Description, perception: Perception) -> dict[str, Any]:
     """How a model predicts, by default."""
     recipe, solver, model = perception.recipe, perception.solver, perception.model
+    text = repr(description.config["prompt"]) if description.config.get("prompt") else "empty"
     given = {} if recipe.timesteps is None else {"timesteps": recipe.timesteps}
     table = solver.steps(recipe.num_steps, **given).table
     latent, channels = model.vae.config.latent_channels, model.unet.config.in_channels
@@ -158,7 +159,7 @@ def _plan(description: Description, perception: Perception) -> dict[str, Any]:
         "starts_from": recipe.start,
         "unet_inputs": inputs,
         "task_vector": recipe.task_vector is not None,
-        "prompt": "empty, padded" if recipe.padded_prompt else "empty, not padded",
+        "prompt": f"{text}, {'' if recipe.padded_prompt else 'not '}padded",
         "solver": solver.class_name,
         "prediction_type": solver.schedule.prediction_type,
         "steps": recipe.num_steps,

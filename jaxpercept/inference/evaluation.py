@@ -65,6 +65,7 @@ def open_model(
     vae: str | None = None,
     decoder: str | None = None,
     lora: str | None = None,
+    prompt: str = "",
     vae_tile: int = 0,
     pad_multiple: int = 0,
     num_inference_steps: int | None = None,
@@ -84,7 +85,7 @@ def open_model(
         UserError: the checkpoint or an option does not fit.
     """
     described = {"task": task, "family": family, "base": base}
-    described |= {"vae": vae, "decoder": decoder, "lora": lora}
+    described |= {"vae": vae, "decoder": decoder, "lora": lora, "prompt": prompt}
     description, params = open_perception(checkpoint, **described)
     perception = perception_of(description, dtype=dtype, vae_tile=vae_tile, checkpoint=checkpoint)
     options = Options(

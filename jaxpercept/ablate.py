@@ -109,7 +109,7 @@ def ablate(
     rows: dict[str, list[Result]] = {}
     for (name, seed), values in configs.items():
         run = folder / name / str(seed)
-        for title, result in _results(run, values, ensembles, changes).items():
+        for title, result in _results(run, values, ensembles).items():
             rows.setdefault(name + title, []).append(result)
         write_table(folder, rows, getattr(module, "PAPER", {}))
         jax.clear_caches()  # the next run shares no program with this one
@@ -169,9 +169,7 @@ def _config(module: Any, name: str, seed: int, changes: Mapping[str, Any]) -> Co
     return config
 
 
-def _results(
-    run: Path, config: ConfigDict, ensembles: Sequence[int], changes: Mapping[str, Any]
-) -> dict[str, Result]:
+def _results(run: Path, config: ConfigDict, ensembles: Sequence[int]) -> dict[str, Result]:
     """Of one run, trained and evaluated now where it has not been; ensembles by their title."""
     now = plain(config)
     wanted = evaluation_options(now)
@@ -188,14 +186,10 @@ def _results(
         if before is None or not report.is_file():
             return False
         content = json.loads(report.read_text())
-        # A report of an earlier version does not say how it was made: its run does.
-        evaluation = content.get("evaluation") or evaluation_options(before.config)
-        return content["step"] == config.steps and evaluation == wanted
+        return content["step"] == config.steps and content.get("evaluation") == wanted
 
     report = run / "evaluation" / dataset / REPORT
     if step == config.steps and current(report):
-        if "evaluation" not in json.loads(report.read_text()):
-            now = _without_new_keys(now, before.config, changes)
         refuse_other_run(run, dataclasses.replace(before, config=now))
     else:
         train(config, run, observer=functools.partial(evaluation_observer, workdir=run))
@@ -209,26 +203,6 @@ def _results(
             run_evaluation(model, output, facts={"evaluation": wanted}, **wanted)
         results[f", ensemble of {size}"] = _read(output / REPORT)
     return results
-
-
-def _without_new_keys(
-    now: Mapping[str, Any], before: Mapping[str, Any], changes: Mapping[str, Any], place: str = ""
-) -> dict[str, Any]:
-    """A config without the keys that the config of an earlier version does not have.
-
-    They name what that version did unasked. Those of `changes`, by dotted key, stay.
-    """
-    kept = {}
-    for name, value in now.items():
-        old = before.get(name, {})
-        if isinstance(value, dict) and isinstance(old, dict):
-            value = _without_new_keys(value, old, changes, f"{place}{name}.")
-            known = bool(value)
-        else:
-            known = f"{place}{name}" in changes
-        if known or name in before:
-            kept[name] = value
-    return kept
 
 
 def _read(report: Path) -> Result:

@@ -173,25 +173,6 @@ def test_a_finished_run_of_another_config_is_not_shown(finished):
     assert again(finished, "plain", evaluation__limit=1)[0] == ["train to 2"]
 
 
-def test_a_run_of_an_earlier_version_is_shown(finished):
-    """Its report does not say how it was made, and its config lacks keys of this version."""
-    run = finished("plain")
-    before = json.loads((run / "jaxpercept.json").read_text())
-    before["config"]["data"]["augment"] = {"flip": 0.5}
-    (run / "jaxpercept.json").write_text(json.dumps(before))
-    report = json.loads((run / "evaluation/scenes/metrics.json").read_text())
-    del report["evaluation"]
-    (run / "evaluation/scenes/metrics.json").write_text(json.dumps(report))
-    assert again(finished, "plain", data__augment__flip=0.5)[0] == []
-    with pytest.raises(UserError, match=r"another data\.augment\.blur \(None, now 2"):
-        again(finished, "plain", data__augment__blur=2.0)
-    report["evaluation"] = ablate.evaluation_options(before["config"])
-    (run / "evaluation/scenes/metrics.json").write_text(json.dumps(report))
-    with pytest.raises(UserError, match=r"another data\.augment\."):
-        again(finished, "plain")
-    assert again(finished, "plain", evaluation__limit=1)[0] == ["train to 2"]
-
-
 def test_ensembles_are_those_of_the_run(finished):
     finished("noisy")
     two, four = "scenes-ensemble2", "scenes-ensemble4"

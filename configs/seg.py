@@ -52,7 +52,7 @@ def _logits(config: ConfigDict) -> ConfigDict:
 
 def _painted(config: ConfigDict) -> ConfigDict:
     # sd-tiny's decoder blurs borders and mixes colours, so that it is trained, too.
-    config = presets.losses(config, mse=1.0, cross_entropy=1.0)
+    config = presets.losses(config, mse=1.0, cross_entropy=0.1)
     return presets.trained_decoder(config, rate=0.5)
 
 

@@ -2,8 +2,8 @@
 
     python -m jaxpercept.train --config=configs/seg.py
 
-trains `sd-tiny` to paint the classes of procedural scenes, offline: 10 minutes on two CPU cores to
-83 % of the pixels (the commonest class: 56 %). Presets, after a colon:
+trains `sd-tiny` to paint the classes of procedural scenes, offline: 13 minutes on two CPU cores to
+84 % of the pixels (the commonest class: 56 %). Presets, after a colon:
 
 `seg.py:dpt`         class logits of a DPT head instead: 7 minutes, 92 % of the pixels, mIoU 0.32
                      (the commonest class: 0.08).

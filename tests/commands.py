@@ -23,5 +23,8 @@ def restore_logging():
 def door(module, *arguments: str) -> int:
     """Run a command as the shell would, in this process."""
     module.FLAGS.unparse_flags()
+    # Overrides of another call's config stay defined, and cannot be defined again.
+    for name in [name for name in module.FLAGS if name.startswith("config.")]:
+        delattr(module.FLAGS, name)
     argv = [module.__name__, *arguments]
     return cli.call(module.main, argv, required=module.REQUIRED, flag_values=module.FLAGS)

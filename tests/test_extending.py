@@ -36,15 +36,7 @@ def edges(monkeypatch):
     return names
 
 
-@pytest.fixture
-def restore_flags():
-    """Overrides of a config stay defined, and another command cannot define them again."""
-    yield
-    for name in [name for name in train.FLAGS if name.startswith("config.")]:
-        delattr(train.FLAGS, name)
-
-
-@pytest.mark.usefixtures("quick_compile", "restore_logging", "restore_flags")
+@pytest.mark.usefixtures("quick_compile", "restore_logging")
 # How ml_collections reads a config file.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize("decoder", ["vae", "dpt"])

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import tiny_model
 import tiny_run
-from commands import restore_logging  # noqa: F401
+from commands import door, restore_logging  # noqa: F401
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny_model import quick_compile  # noqa: F401
 from tiny_run import base_of_module, data_of_module  # noqa: F401
 
-from jaxpercept import cli, train
+from jaxpercept import train
 from jaxpercept.checkpoints import load
 from jaxpercept.checkpoints.orbax import load_params, save_export, save_params
 from jaxpercept.training import loop
@@ -85,10 +85,9 @@ def refused(workdir, compiled, tmp_path, monkeypatch, capsys):
         file = tiny_run.write_config(tmp_path / "tiny.py", config)
         argv = ["train", f"--config={file}", f"--workdir={workdir}", *flags]
         monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        train.FLAGS.unparse_flags()
         before = files()
         compiled.clear()
-        status = cli.call(train.main, argv, required=train.REQUIRED, flag_values=train.FLAGS)
+        status = door(train, *argv[1:])
         lines = capsys.readouterr().err.strip().splitlines()
         assert status == 1
         assert files() == before

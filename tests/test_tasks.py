@@ -65,6 +65,7 @@ def test_options_are_checked():
         ("depth", {"angular": 1.0}, "has 'angular', which depth has not: use mse, l1, ssi, "),
         ("dis", {"mse": 1.0, "ssi": 1.0}, "'ssi'"),
         ("normals", {"angular_kappa": 1.0}, "'angular_kappa', which needs .*uncertainty=True"),
+        ("semantic", {"cross_entropy": 1.0}, "'cross_entropy', which painted classes have not"),
         ("semantic, logits", {"mse": 1.0}, "'mse', which class logits have not"),
     ],
 )

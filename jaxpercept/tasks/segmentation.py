@@ -80,33 +80,24 @@ class SegmentationTask(Task):
         target: Target,
         keys: Key[Array, " b"] | None = None,
     ) -> Terms:
-        """Between colours, and between logits and classes.
-
-        Of painted classes the logits are −4 (d / d0)², d being a colour's distance to the decoded
-        one and d0 that of neighbours in the palette: a soft form of taking the nearest colour
-        (ours). Squared errors alone make an uncertain pixel the mean of its possible colours, which
-        is the colour of a third class; this makes it one of them.
-        """
+        """Between colours, or between logits and classes."""
         decoded = decoded.astype(jnp.float32)
-
-        def cross_entropy() -> Float[Array, ""]:
-            logits = decoded if self.logits else _colour_logits(decoded, self.colours)
-            return losses.cross_entropy(logits, target.values, target.mask)
-
         if self.logits:
-            return {"cross_entropy": cross_entropy}
+            return {
+                "cross_entropy": lambda: losses.cross_entropy(decoded, target.values, target.mask)
+            }
         return {
             "mse": lambda: losses.mse(decoded, target.image, target.mask),
             "l1": lambda: losses.l1(decoded, target.image, target.mask),
-            "cross_entropy": cross_entropy,
         }
 
     def check_weights(self, weights: Mapping[str, float]) -> None:
-        """Also refuses losses of colours where there are logits."""
+        """Also refuses losses of the other way to predict."""
         super().check_weights(weights)
-        if self.logits and (wrong := [name for name in weights if name != "cross_entropy"]):
+        if wrong := [name for name in weights if (name == "cross_entropy") != self.logits]:
             raise UserError(
-                f"config.method.pixel_weights has {wrong[0]!r}, which class logits have not."
+                f"config.method.pixel_weights has {wrong[0]!r}, which "
+                f"{'class logits have' if self.logits else 'painted classes have'} not."
             )
 
     def to_prediction(self, decoded: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -132,20 +123,6 @@ class ColoursTask(Task):
     name: ClassVar[str] = "seg"
     kind: ClassVar[str] = "colors"
     channels: ClassVar[int] = 3
-
-
-def _colour_logits(
-    image: Float[Array, "b h w 3"], colours: Float[np.ndarray, "k 3"]
-) -> Float[Array, "b h w k"]:
-    """−4 (d / d0)², as `loss_terms` says, but for a term that all colours share.
-
-    d0² is the median over the colours of the squared distance to the nearest other one.
-    """
-    squares = np.square(colours[:, None] - colours[None]).sum(axis=-1)
-    nearest = np.partition(squares, 1, axis=1)[:, 1]
-    product = jnp.einsum("bhwc,kc->bhwk", image, jnp.asarray(colours), precision="highest")
-    lengths = np.square(colours).sum(axis=-1)
-    return (2 * product - lengths[None, None, None]) * (4 / float(np.median(nearest)))
 
 
 def nearest_colour(

@@ -90,6 +90,15 @@ def base_config() -> ConfigDict:
     return c
 
 
+def dataset_options(c: Any, name: str) -> dict[str, Any]:
+    """What `open_dataset` is to be given for a dataset of a config; c may also be a plain dict.
+
+    The folder is the config's where the dataset has none of its own; None leaves an option out.
+    """
+    own = c["data"]["options"].get(name, {})
+    return {"data_dir": c["data_dir"], **{k: x for k, x in own.items() if x is not None}}
+
+
 def check_config(c: Any, batch_devices: int) -> None:
     """Refuse values that cannot work, before anything is read or compiled.
 

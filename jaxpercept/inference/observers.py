@@ -14,6 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from jaxpercept.config import dataset_options
 from jaxpercept.data.datasets import DATASETS, open_dataset
 from jaxpercept.data.transforms import FOG, Augment, prepare
 from jaxpercept.inference.evaluator import Evaluator
@@ -39,11 +40,11 @@ def evaluation_options(config: Mapping[str, Any]) -> dict[str, Any]:
     The files are read as the training reads those of the same dataset.
     """
     given = {name: value for name, value in config["evaluation"].items() if value is not None}
-    own = config["data"]["options"].get(given["dataset"], {})
-    reading = {name: own[name] for name in _READING if own.get(name) is not None}
+    own = dataset_options(config, given["dataset"])
+    reading = {name: own[name] for name in _READING if name in own}
     return {
         **given,
-        "data_dir": own.get("data_dir", config["data_dir"]) or None,
+        "data_dir": own["data_dir"] or None,
         "overrides": {**reading, **given.get("overrides", {})},
     }
 
@@ -127,8 +128,7 @@ def picture_observer(setup: Setup, mesh: Mesh) -> Observer:
 
 
 def _held_out(name: str, config: dict[str, Any], *, count: int) -> list[dict[str, Any]]:
-    own = config["data"]["options"].get(name, {})
-    options = {"data_dir": config["data_dir"], **{k: x for k, x in own.items() if x is not None}}
+    options = dataset_options(config, name)
     resolution = tuple(config["resolution"])
     split = DATASETS[name].splits[-1]
     records = open_dataset(name, split=split, resolution=resolution, evaluation=True, **options)

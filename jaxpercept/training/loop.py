@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jaxpercept.checkpoints import orbax
 from jaxpercept.checkpoints.load import FROZEN, load_frozen, merge_params
-from jaxpercept.config import check_config
+from jaxpercept.config import check_config, dataset_options
 from jaxpercept.data.pipeline import TrainDataset, TrainIterator, make_train_dataset
 from jaxpercept.errors import UserError
 from jaxpercept.training import sharding
@@ -101,14 +101,12 @@ def train(
 
 
 def _dataset(config: Any, setup: Setup) -> TrainDataset:
-    mixture = []
-    for name, weight in config.data.mixture.items():
-        given = config.data.options.get(name, {})
-        options = {key: value for key, value in given.items() if value is not None}
-        if weight > 0:
-            mixture.append((name, weight, {"data_dir": config.data_dir, **options}))
     return make_train_dataset(
-        mixture,
+        [
+            (name, weight, dataset_options(config, name))
+            for name, weight in config.data.mixture.items()
+            if weight > 0
+        ],
         resolution=tuple(config.resolution),
         batch_size=config.batch_size,
         seed=config.seed,

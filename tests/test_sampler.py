@@ -12,6 +12,7 @@ from jaxpercept.diffusion import sampler
 from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.schedule import GENPERCEPT, NoiseSchedule
+from jaxpercept.diffusion.steps import sample, trajectory
 from jaxpercept.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -36,7 +37,7 @@ def network(x, t, tanh):
 def ours(config, latents, num_steps, *, key, eta=0.0):
     steps = Solver.from_config(config, eta=eta).steps(num_steps)
     run = jax.jit(
-        lambda x: sampler.sample(
+        lambda x: sample(
             steps, lambda x, t: network(x, t[:, None, None, None], jnp.tanh), x, key=key
         )
     )
@@ -164,7 +165,7 @@ def test_one_step_at_a_given_timestep_gives_x0(rng):
     )
     steps = sampler.ddpm(schedule, 1, timesteps=(999,))
     latents = jnp.asarray(rng.normal(size=(2, 4, 4, 4)), jnp.float32)
-    last, x0 = sampler.sample(steps, lambda x, t: x * t[0], latents)
+    last, x0 = sample(steps, lambda x, t: x * t[0], latents)
     np.testing.assert_array_equal(last, x0)
     np.testing.assert_allclose(x0, latents * 999, rtol=1e-6)
 
@@ -177,7 +178,7 @@ def test_one_genpercept_step_negates_the_prediction(rng):
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), t)
         return 2 * x
 
-    _, x0 = sampler.sample(sampler.ddim(GENPERCEPT, 1), predict, latents)
+    _, x0 = sample(sampler.ddim(GENPERCEPT, 1), predict, latents)
     np.testing.assert_array_equal(x0, -2 * latents)
     jax.effects_barrier()
     np.testing.assert_array_equal(seen[0], [1, 1])
@@ -190,7 +191,7 @@ def test_network_is_traced_once_whatever_the_number_of_steps():
         traces.append(t)
         return x
 
-    sampler.sample(sampler.ddim(GENPERCEPT, 50), predict, jnp.ones((1, 2)))
+    sample(sampler.ddim(GENPERCEPT, 50), predict, jnp.ones((1, 2)))
     assert len(traces) == 1
 
 
@@ -200,17 +201,44 @@ def test_noise_belongs_to_the_example_not_to_the_row():
     def run(index):
         latents = jnp.ones((len(index), 8))
         options = {"key": jax.random.key(3), "index": jnp.asarray(index)}
-        return sampler.sample(steps, lambda x, t: x / 2, latents, **options)[0]
+        return sample(steps, lambda x, t: x / 2, latents, **options)[0]
 
     forward, backward = run([4, 7, 9]), run([9, 7, 4])
     np.testing.assert_array_equal(forward, backward[::-1])
     assert np.abs(forward[0] - forward[1]).max() > 0.01
 
 
+@pytest.mark.parametrize("class_name", MODULES)
+def test_a_trajectory_goes_on_from_where_it_was_left(class_name, rng):
+    steps = Solver.from_config({**CONFIG, "_class_name": class_name}).steps(6)
+    key, index = jax.random.key(int(rng.integers(1000))), jnp.array([5, 2])
+
+    def predict(x, t):
+        return network(x, t[:, None], jnp.tanh)
+
+    start = jnp.asarray(rng.standard_normal((2, 7)), jnp.float32)
+    whole = trajectory(steps, predict, start, key=key, index=index)
+    last, x0 = sample(steps, predict, start, key=key, index=index)
+    np.testing.assert_array_equal(whole.last, last)
+    np.testing.assert_array_equal(whole.x0[-1], x0)
+    assert whole.x.shape == whole.x0.shape == (6, 2, 7)
+    for done in range(6):
+        entered = whole.x[done] if done else start
+        rest = trajectory(steps.after(done), predict, entered, key=key, index=index)
+        assert len(rest.x) == 6 - done
+        np.testing.assert_allclose(rest.last, last, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(rest.x0, whole.x0[done:], rtol=1e-5, atol=1e-5)
+        again = steps.after(done // 2).after(done - done // 2)
+        assert again.first == done
+    for wrong in (-1, 6):
+        with pytest.raises(ValueError, match="steps"):
+            steps.after(wrong)
+
+
 def test_missing_key_is_an_error():
     steps = sampler.ddim(GENPERCEPT, 2, eta=0.5)
     with pytest.raises(ValueError, match="key"):
-        sampler.sample(steps, lambda x, t: x, jnp.ones((1, 2)))
+        sample(steps, lambda x, t: x, jnp.ones((1, 2)))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,12 @@ from jaxpercept.checkpoints import diffusers, orbax
 from jaxpercept.checkpoints.description import FILE_NAME, Description
 from jaxpercept.checkpoints.fit import check_fit
 from jaxpercept.checkpoints.merging import merge
-from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize
+from jaxpercept.checkpoints.tokenizer import (
+    load_tokenizer,
+    missing_tokenizer_files,
+    text_length,
+    tokenize,
+)
 from jaxpercept.checkpoints.values import in_short
 from jaxpercept.errors import UserError
 from jaxpercept.models.functional import functional
@@ -82,7 +87,8 @@ def load_model(
             are as they were saved.
         prompt: what to encode; "" is the prompt that a jaxpercept checkpoint was trained with. One
             without text encoder keeps that in any case.
-        padded: whether a prompt is padded to the text tower's length, as Lotus's is.
+        padded: whether a prompt is padded to the text tower's length, as Lotus's is, and wherever
+            each image has a text of its own.
         merge_lora: add the low-rank factors of a training run to the weights they belong to; False
             keeps them beside, and `lora` in the description.
 
@@ -164,6 +170,20 @@ def _check_configs(description: Description, folder: Path) -> None:
             )
 
 
+def tokenizer_folder(source: str) -> Path | None:
+    """Where a checkpoint's tokenizer lies; None if it has none.
+
+    Raises:
+        UserError: nothing there, or not complete.
+    """
+    with readable(source):
+        folder = Path(resolve(source))
+        if (folder / FILE_NAME).is_file():
+            tokenizer = folder / "tokenizer"
+            return None if missing_tokenizer_files(tokenizer) else tokenizer
+        return diffusers.read_configs(str(folder), components=("text_encoder",)).tokenizer_dir
+
+
 def load_frozen(workdir: Path) -> Params:
     """The weights that a run does not train, as NumPy arrays."""
     folder = workdir / FROZEN
@@ -221,13 +241,8 @@ def encode_prompt(
     """
     config = checkpoint.configs["text_encoder"]
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
-    length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    ids = tokenize(tokenizer, [prompt], length if padded else None)
-    if not ids.size or ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise UserError(
-            f"{checkpoint.tokenizer_dir} gives tokens that the text encoder does not know (it has "
-            f"{config.vocab_size}): use the tokenizer of the same model."
-        )
+    length = text_length(tokenizer, config) if padded else None
+    ids = tokenize(tokenizer, [prompt], length, config.vocab_size)
     encoder = functional(config)
     encode = jax.jit(lambda params, ids: encoder.bind(params)(ids))
     embedding = np.asarray(encode(checkpoint.params["text_encoder"], ids))

@@ -1,7 +1,8 @@
 """CLIP's tokenizer: reading it, applying it, and training a small one for a small model."""
 
+import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,13 @@ from jaxtyping import Int32
 from jaxpercept.checkpoints.values import in_short
 from jaxpercept.checkpoints.weights import atomic_write, write_json
 from jaxpercept.errors import UserError
+from jaxpercept.models.config import CLIPTextConfig
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "n l"]]
+"""Texts -> ids, padded to one length."""
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 _MAX_LENGTH = 2**16
@@ -63,17 +67,41 @@ def load_tokenizer(folder: str | Path | None) -> Any:
     return tokenizer
 
 
+def padded_tokenizer(folder: str | Path | None, config: CLIPTextConfig) -> Tokenize:
+    """The tokenizer in a folder as a picklable function: texts -> ids of the text tower's length.
+
+    Raises:
+      UserError: no tokenizer there, a damaged one, or not that of the text tower.
+    """
+    tokenizer = load_tokenizer(folder)
+    tokens = functools.partial(
+        tokenize, tokenizer, max_length=text_length(tokenizer, config), vocabulary=config.vocab_size
+    )
+    tokens([""])  # the last entries of a vocabulary are its start and its end
+    return tokens
+
+
+def text_length(tokenizer: "CLIPTokenizer | Any", config: CLIPTextConfig) -> int:
+    """Tokens of a padded text."""
+    return min(tokenizer.model_max_length, config.max_position_embeddings)
+
+
 def tokenize(
-    tokenizer: "CLIPTokenizer | Any", texts: Sequence[str], max_length: int | None
+    tokenizer: "CLIPTokenizer | Any",
+    texts: Sequence[str],
+    max_length: int | None,
+    vocabulary: int | None = None,
 ) -> Int32[np.ndarray, "n l"]:
     """Token ids with start and end token, truncated to what the tokenizer says it can take.
 
     Args:
       max_length: pad or truncate to this length; None leaves texts unpadded, as GenPercept and
         Marigold do for the empty prompt, which then is two tokens.
+      vocabulary: how many tokens the text tower knows; None: whatever comes.
 
     Raises:
-      UserError: `max_length` is None and the texts have different lengths.
+      UserError: `max_length` is None and the texts have different lengths, or a token is not of the
+        vocabulary.
     """
     if not texts:
         return np.zeros((0, max_length or 0), np.int32)
@@ -87,7 +115,13 @@ def tokenize(
     )["input_ids"]
     if len({len(row) for row in ids}) > 1:
         raise UserError("The prompts differ in length when tokenised; give a max_length to pad to.")
-    return np.asarray(ids).astype(np.int32)
+    ids = np.asarray(ids).astype(np.int32)
+    if vocabulary is not None and (not ids.size or ids.min() < 0 or ids.max() >= vocabulary):
+        raise UserError(
+            f"{tokenizer.name_or_path} gives tokens that the text encoder does not know (it has "
+            f"{vocabulary}): use the tokenizer of the same model."
+        )
+    return ids
 
 
 def train_tokenizer(

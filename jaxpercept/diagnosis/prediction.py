@@ -17,6 +17,7 @@ from jaxpercept.inference.predictor import resolve_resolution
 from jaxpercept.inference.weights import used_weights
 from jaxpercept.methods import Perception
 from jaxpercept.methods.families import recognise
+from jaxpercept.tasks import reads_text
 
 _NOT_OPENED = {
     "autoencoder folder": (
@@ -84,7 +85,8 @@ def _describe(found: Inspection, named: Mapping[str, str | None]) -> Description
         stored: dict[str, dict[str, Any]] = {name: {} for name in found.parts}
         if found.in_parts and "text_encoder" in stored:
             stored["prompt"] = {}  # encoded at loading
-        used_weights(stored, "float32")  # raises where a component is missing
+        text = reads_text(description.task)
+        used_weights(stored, "float32", text=text)  # raises where a component is missing
     return description
 
 

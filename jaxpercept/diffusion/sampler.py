@@ -1,110 +1,19 @@
-"""Sampling: a solver is a table of coefficients, and one compiled loop runs any of them.
+"""Solvers: tables of coefficients that `diffusion.steps.sample` runs.
 
-Between the network's output and the next sample every solver here is linear, save for the clipping
-of x_0. So DDIM, DDPM, LCM and the two Euler methods differ only in eight numbers a step, which are
-worked out beforehand, in float64, safely where ᾱ = 0.
+DDIM, DDPM, LCM and the two Euler methods differ only in eight numbers a step, which are worked out
+beforehand, in float64, safely where ᾱ = 0.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Int
 
-from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.schedule import NoiseSchedule
+from jaxpercept.diffusion.steps import Column, Steps, Table
 from jaxpercept.errors import UserError
-
-PredictFn = Callable[[Float[Array, "b *d"], Float[Array, "b"]], Float[Array, "b *d"]]
-Column = Float[np.ndarray, "n"]
-
-
-class Table(NamedTuple):
-    """A row for each step, from the noisiest on. With x the sample and z standard normal noise:
-
-    output = network(scale * x, timestep)
-    x_0    = clip(x0_of_x * x + x0_of_output * output)
-    x      = next_of_x * x + next_of_output * output + next_of_x0 * x_0 + next_of_noise * z
-    """
-
-    timestep: Column
-    scale: Column
-    x0_of_x: Column
-    x0_of_output: Column
-    next_of_x: Column
-    next_of_output: Column
-    next_of_x0: Column
-    next_of_noise: Column
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Steps:
-    """What to do in n steps.
-
-    Attributes:
-      table: the coefficients. The Euler solvers work with x = x_0 + σ ε instead of
-        √ᾱ x_0 + √(1−ᾱ) ε; their `scale` takes the one to the other.
-      initial_scale: the first x is so many times standard normal noise.
-      clip: largest absolute value of x_0, None for no limit.
-    """
-
-    table: Table
-    initial_scale: float = 1.0
-    clip: float | None = None
-
-
-def sample(
-    steps: Steps,
-    predict_fn: PredictFn,
-    latents: Float[Array, "b *d"],
-    *,
-    key: Key[Array, ""] | None = None,
-    index: Int[Array, "b"] | None = None,
-) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
-    """Runs the steps from `latents` as one scan, so predict_fn is traced once.
-
-    Args:
-      steps: from a solver, such as `ddim(schedule, num_steps)`.
-      predict_fn: (x float32 [b, ...], timestep float32 [b]) -> network output [b, ...].
-      latents: x_T; pure noise, or the RGB latent for RGB blending and GenPercept.
-      key, index: for steps that draw noise; that of row i depends only on (key, index[i], step),
-        with index = 0..b-1 if None.
-
-    Returns:
-      (last sample, last predicted x_0), float32. Marigold decodes the first, GenPercept and
-      E2E-FT the second.
-    """
-    draws = bool(np.any(steps.table.next_of_noise))
-    if draws and key is None:
-        raise ValueError("these steps draw noise: give a key")
-    batch = latents.shape[0]
-    index = jnp.arange(batch) if index is None else index
-
-    def noise(number: Int[Array, ""]) -> Float[Array, "b *d"]:
-        def draw(key: Key[Array, ""]) -> Array:
-            return jax.random.normal(jax.random.fold_in(key, number), latents.shape[1:])
-
-        return per_example(key, index, draw)
-
-    def step(carry: tuple[Array, Array], inputs: tuple[Array, Table]):
-        x, _ = carry
-        number, row = inputs
-        output = predict_fn(row.scale * x, jnp.full(batch, row.timestep)).astype(jnp.float32)
-        x0 = row.x0_of_x * x + row.x0_of_output * output
-        if steps.clip is not None:
-            x0 = jnp.clip(x0, -steps.clip, steps.clip)
-        x = row.next_of_x * x + row.next_of_output * output + row.next_of_x0 * x0
-        return ((x + row.next_of_noise * noise(number)) if draws else x, x0), None
-
-    table = jax.tree.map(lambda column: np.asarray(column, np.float32), steps.table)
-    x = latents.astype(jnp.float32) * steps.initial_scale
-    rows = (np.arange(len(table.timestep)), table)
-    (x, x0), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
-    return x, x0
-
 
 # ---- solvers -------------------------------------------------------------------------------------
 

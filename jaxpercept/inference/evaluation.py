@@ -16,8 +16,9 @@ import jaxpercept
 from jaxpercept.checkpoints.card import weights_hash
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.load import latest_step
+from jaxpercept.checkpoints.tokenizer import Tokenize
 from jaxpercept.inference.evaluator import EvalResult, Evaluator
-from jaxpercept.inference.opening import open_perception, perception_of
+from jaxpercept.inference.opening import open_perception, open_tokenizer, perception_of
 from jaxpercept.inference.options import Options, check_options
 from jaxpercept.inference.predictor import Params, Predictor
 from jaxpercept.inference.report import table, write_report
@@ -37,6 +38,7 @@ class Model:
         predictor: its programs, shared by all evaluations.
         options: of predictions.
         facts: for reports.
+        tokenize: reads texts, for a model that looks for what they name.
         identity: what tells its predictions from another model's, for reports; plain JSON.
     """
 
@@ -49,6 +51,7 @@ class Model:
     options: Options
     facts: dict[str, Any]
     identity: dict[str, Any]
+    tokenize: Tokenize | None = None
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -113,12 +116,13 @@ def open_model(
         checkpoint=checkpoint,
         description=description,
         perception=perception,
-        weights=place_weights(params, dtype, mesh),
+        weights=place_weights(params, dtype, mesh, text=perception.task.reads_text),
         mesh=mesh,
         predictor=Predictor(perception, mesh, pad_multiple=pad_multiple),
         options=options,
         facts=facts,
         identity=identity,
+        tokenize=open_tokenizer(checkpoint, description, base),
     )
 
 
@@ -141,6 +145,7 @@ def run_evaluation(
         resolution=model.resolution,
         options=model.options,
         predictor=model.predictor,
+        tokenize=model.tokenize,
         **options,
     )
     result = evaluator.run(model.weights)

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jaxpercept.checkpoints.tokenizer import Tokenize
 from jaxpercept.data.datasets import DATASETS, Record, open_dataset
 from jaxpercept.errors import UserError
 from jaxpercept.inference.comparison import Comparison
@@ -77,6 +78,7 @@ class Evaluator:
             `eval_crop`, and options of its source.
         progress: show progress bars.
         predictor: a `Predictor` of the same model and mesh, whose programs are used again.
+        tokenize: reads the captions, for a model that looks for what they name.
         protocol_options: of the kind's protocols: `alignment` of depth and disparity, `hce` of
             masks.
 
@@ -101,6 +103,7 @@ class Evaluator:
         overrides: Mapping[str, Any] | None = None,
         progress: bool = True,
         predictor: Predictor | None = None,
+        tokenize: Tokenize | None = None,
         **protocol_options: Any,
     ):
         if batch_size < 1 or limit < 0:
@@ -129,6 +132,14 @@ class Evaluator:
         if not len(records):
             raise UserError(f"the split {records.split!r} of dataset {dataset!r} is empty.")
         indices = spread(len(records), limit)
+        self._texts = ("input_ids",) if self._task.reads_text else ()
+        if self._texts and tokenize is None:
+            raise UserError("this model looks for what a text names: give its tokenizer.")
+
+        def prepare(record: Record) -> Record:
+            record = self._measure.prepare(record)
+            return {**record, **{name: tokenize([record["caption"]])[0] for name in self._texts}}
+
         sample = self._measure.prepare(records[indices[0]])
         self._protocols = make_protocols(self._measure, self._task, row, sample, protocol_options)
         self._scorer = Scorer(self._measure, self._protocols, mesh)
@@ -143,9 +154,9 @@ class Evaluator:
         self._images = EvalImages(
             records,
             indices,
-            prepare=self._measure.prepare,
+            prepare=prepare,
             look=look,
-            fields=("rgb", *self._scorer.fields),
+            fields=("rgb", *self._texts, *self._scorer.fields),
             kept=("valid", *(field for p in self._protocols.values() for field in p.fields)),
             mesh=mesh,
             batch_size=batch_size,
@@ -201,6 +212,7 @@ class Evaluator:
                     resolution=self._resolution,
                     options=self._options,
                     first=items[0],
+                    **{field: arrays[field] for field in self._texts},
                 ).prediction
                 if self._options.members > 1:  # merged on this process's first device
                     prediction = np.asarray(prediction)

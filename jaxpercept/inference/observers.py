@@ -61,6 +61,7 @@ def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
         setup.method.perception,
         mesh=mesh,
         resolution=setup.description.resolution,
+        tokenize=setup.tokenize,
         **options,
     )
 

@@ -15,6 +15,7 @@ from jaxpercept.checkpoints.diffusers import Checkpoint, load_autoencoder, load_
 from jaxpercept.checkpoints.fit import prompt_widths
 from jaxpercept.checkpoints.load import readable, resolve
 from jaxpercept.checkpoints.merging import merge
+from jaxpercept.checkpoints.tokenizer import Tokenize, padded_tokenizer
 from jaxpercept.checkpoints.values import in_short
 from jaxpercept.diffusion.schedule import NoiseSchedule
 from jaxpercept.errors import UserError
@@ -24,6 +25,7 @@ from jaxpercept.methods import PERCEPTION, Perception, build_perception
 from jaxpercept.methods.families import recognise
 from jaxpercept.methods.recipe import Recipe
 from jaxpercept.models.config import AutoencoderConfig
+from jaxpercept.tasks import reads_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 _NETWORKS = ("unet", "vae", "text_encoder")
@@ -42,6 +44,8 @@ def open_perception(
     prompt: str = "",
 ) -> tuple[Description, Params]:
     """A checkpoint of any kind and family; arguments as `PerceptionPipeline.from_pretrained`.
+
+    A model whose images each come with a text keeps the empty prompt beside it, whatever `prompt`.
 
     Returns:
         The description and the weights as NumPy arrays.
@@ -91,10 +95,27 @@ def open_own(
     if must_predict and not description.task:
         raise _not_fine_tuned(source)
     check_runs(description, source)
+    prompt = "" if reads_text(description.task) else prompt
     if prompt and "text_encoder" not in description.components:
         raise no_text(source)
     padded = padded_prompt(description)
     return load.load_model(source, dtype=dtype, prompt=prompt, padded=padded, merge_lora=merge_lora)
+
+
+def open_tokenizer(
+    source: str, description: Description, base: Source | None = None
+) -> Tokenize | None:
+    """What reads the texts of a model's images; None where they have none.
+
+    Raises:
+        UserError: neither the checkpoint nor its base has the tokenizer of its text encoder.
+    """
+    if not reads_text(description.task):
+        return None
+    folder = load.tokenizer_folder(source)
+    if folder is None and base is not None:
+        folder = load.tokenizer_folder(os.fspath(base))
+    return padded_tokenizer(folder, description.components["text_encoder"])
 
 
 def assemble(source: str, base: Source | None, *, dtype: str | None = "float32") -> Checkpoint:
@@ -172,13 +193,16 @@ def describe(
         raise _not_fine_tuned(checkpoint.source)
     check_runs(description, checkpoint.source)
     padded = padded_prompt(description)
+    prompt = "" if reads_text(description.task) else prompt
     params["prompt"] = {"embedding": load.encode_prompt(checkpoint, prompt, padded=padded)}
     return description, params
 
 
 def padded_prompt(description: Description) -> bool:
     """Whether a model's prompt is padded to the text tower's length."""
-    return bool(description.recipe) and Recipe.of(**description.recipe).padded_prompt
+    if description.recipe:
+        return Recipe.of(**description.recipe).padded_prompt
+    return reads_text(description.task)
 
 
 def check_runs(description: Description, source: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaxpercept.diffusion.guidance import Guidance
 from jaxpercept.errors import UserError
 from jaxpercept.methods import Perception
 
@@ -22,6 +23,7 @@ class Options:
         seed: of the noise; that of a prediction depends only on (seed, image, member).
         resample_input, resample_output: methods of `resize.resize`.
         merge: arguments of the ensembling function, such as `reduction`.
+        guidance: how strongly text, image and correction pull; None: as the model's recipe says.
     """
 
     num_steps: int | None = None
@@ -31,6 +33,7 @@ class Options:
     resample_input: str = "bilinear"
     resample_output: str = "bilinear"
     merge: tuple[tuple[str, Any], ...] = ()
+    guidance: Guidance | None = None
 
     @property
     def members(self) -> int:
@@ -56,6 +59,14 @@ def check_options(perception: Perception, options: Options) -> None:
             f"ensemble_size {options.ensemble_size} is pointless for a deterministic model, "
             "whose predictions are all equal: leave it out."
         )
+    reads_text = perception.task.reads_text
+    if options.flip and reads_text:
+        raise UserError(
+            "this model reads a text for each image, and in a mirrored one left is right: leave "
+            "flip out."
+        )
+    if options.guidance is not None and not reads_text:
+        raise UserError("this model reads no text that could guide it: leave the guidance out.")
     for name in ("resample_input", "resample_output"):
         if getattr(options, name) not in RESAMPLE:
             argument = name.replace("resample", "resample_method")

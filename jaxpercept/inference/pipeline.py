@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,17 @@ from jaxtyping import Float, Shaped
 
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.load import latest_step
+from jaxpercept.checkpoints.tokenizer import Tokenize
+from jaxpercept.diffusion.guidance import Guidance
 from jaxpercept.errors import UserError
 from jaxpercept.inference.answer import PerceptionOutput, targets_apart
 from jaxpercept.inference.images import to_batch
-from jaxpercept.inference.opening import no_text, open_perception, perception_of
+from jaxpercept.inference.opening import (
+    no_text,
+    open_perception,
+    open_tokenizer,
+    perception_of,
+)
 from jaxpercept.inference.options import Options, check_options
 from jaxpercept.inference.outputs import KINDS, legend
 from jaxpercept.inference.predictor import (
@@ -60,6 +67,7 @@ class PerceptionPipeline:
             those of the default, 0, which pads as diffusers does.
         checkpoint: the name reported in outputs.
         step: the training step reported in outputs.
+        tokenize: reads texts, see `opening.open_tokenizer`.
     """
 
     def __init__(
@@ -74,15 +82,18 @@ class PerceptionPipeline:
         pad_multiple: int = 0,
         checkpoint: str = "",
         step: int | None = None,
+        tokenize: Tokenize | None = None,
     ):
         self.description, self.checkpoint, self.step = description, checkpoint, step
         self.perception = perception_of(
             description, dtype=dtype, attention=attention, vae_tile=vae_tile, checkpoint=checkpoint
         )
         self.mesh = local_mesh() if mesh is None else mesh
-        self.params = place_weights(params, dtype, self.mesh)
+        reads_text = self.perception.task.reads_text
+        self.params = place_weights(params, dtype, self.mesh, text=reads_text)
         self._predictor = Predictor(self.perception, self.mesh, pad_multiple=pad_multiple)
         self._encode: Callable[[str], dict[str, np.ndarray]] | None = None
+        self._tokenize, self._prompt = tokenize, ""
 
     @classmethod
     def from_pretrained(
@@ -117,7 +128,8 @@ class PerceptionPipeline:
             decoder: an autoencoder that only decodes in the place of the own one.
             lora: an adapter of the UNet, in peft's or diffusers' format, added to its weights.
             prompt: what the UNet reads, where there is a text encoder; "" is what the model was
-                trained with, if it says so, or the empty prompt.
+                trained with, if it says so, or the empty prompt. For a model that looks for what a
+                text names, what to look for unless a call says something else.
             dtype, mesh, attention, vae_tile, pad_multiple: see the class.
 
         Raises:
@@ -139,7 +151,9 @@ class PerceptionPipeline:
             pad_multiple=pad_multiple,
             checkpoint=source,
             step=latest_step(Path(source)),
+            tokenize=open_tokenizer(source, description, base),
         )
+        pipeline._prompt = prompt
         pipeline._encode = functools.cache(
             lambda text: open_perception(source, prompt=text, **named)[1]["prompt"]
         )
@@ -154,8 +168,10 @@ class PerceptionPipeline:
         match_input_resolution: bool = True,
         latents: Any = None,
         seed: int = 0,
-        prompt: str = "",
+        prompt: str | Sequence[str] = "",
         *,
+        unwanted: str | Sequence[str] = "",
+        guidance: Guidance | None = None,
         batch_size: int | None = None,
         flip: bool = False,
         resample_method_input: str = "bilinear",
@@ -180,7 +196,11 @@ class PerceptionPipeline:
             seed: of the noise. The noise of a prediction depends on the seed and on its number
                 alone, not on batch size or devices.
             prompt: what the UNet reads instead of the prompt it was opened with. The first time
-                that a text is given, the checkpoint is opened again to encode it.
+                that a text is given, the checkpoint is opened again to encode it. For a model that
+                looks for what a text names, what to look for: one text, or one for each image.
+            unwanted: for such a model, what it took for that and should not (a correctional
+                prompt): likewise.
+            guidance: how strongly text, image and correction pull, see `diffusion.guidance`.
             batch_size: predictions at a time; None: one a device.
             flip: also predict for the mirrored image, and merge.
             resample_method_input, resample_method_output: "bilinear", "bicubic", "nearest",
@@ -198,18 +218,15 @@ class PerceptionPipeline:
             resample_input=resample_method_input,
             resample_output=resample_method_output,
             merge=tuple(sorted((ensembling or {}).items())),
+            guidance=guidance,
         )
         check_options(self.perception, options)
         if latents is not None and not self.perception.recipe.draws_noise:
             raise UserError("this model starts from the image, not from noise: leave latents out.")
-        params = self.params
-        if prompt:
-            if self._encode is None:
-                raise no_text(self.checkpoint)
-            params = {**params, "prompt": self._encode(prompt)}
         factor = self.perception.model.downscale
         resolution = resolve_resolution(processing_resolution, self.description.resolution, factor)
         images = to_batch(image)
+        params, texts = self._texts(prompt or self._prompt, unwanted, len(images))
         if latents is not None:
             size = processing_size(images.shape[1:3], resolution)
             latents = self._noise(latents, len(images) * ensemble_size, size)
@@ -218,6 +235,7 @@ class PerceptionPipeline:
             images,
             batch_size,
             latents,
+            texts,
             options=options,
             resolution=resolution,
             match_input=match_input_resolution,
@@ -375,6 +393,7 @@ class PerceptionPipeline:
         images: Shaped[np.ndarray, "n h w 3"],
         batch_size: int | None,
         latents: np.ndarray | None,
+        texts: Mapping[str, np.ndarray],
         *,
         options: Options,
         **sizes: Any,
@@ -398,6 +417,7 @@ class PerceptionPipeline:
                 first=items[0],
                 count=len(items),
                 rows=rows if members > 1 else padded,
+                **{name: put_rows(ids[items], padded, self.mesh) for name, ids in texts.items()},
                 **sizes,
             )
             answer = jax.tree.map(np.asarray, prediction)
@@ -408,6 +428,36 @@ class PerceptionPipeline:
             )
             predictions.append(wanted)
         return predictions
+
+    def _texts(
+        self, prompt: str | Sequence[str], unwanted: str | Sequence[str], count: int
+    ) -> tuple[Params, dict[str, np.ndarray]]:
+        """The weights with the prompt, and the token ids of each image's texts."""
+        if not self.perception.task.reads_text:
+            if unwanted:
+                raise UserError("this model looks for nothing that a text names: leave it out.")
+            if not prompt:
+                return self.params, {}
+            if not isinstance(prompt, str):
+                raise UserError("this model reads one prompt for all images: give one text.")
+            if self._encode is None:
+                raise no_text(self.checkpoint)
+            return {**self.params, "prompt": self._encode(prompt)}, {}
+        if not prompt:
+            raise UserError(
+                f"this model looks for what a text names ({self.perception.task.name}): give a "
+                "prompt, such as 'the chair on the left'."
+            )
+        if self._tokenize is None:
+            raise UserError("texts need a tokenizer: open the model with from_pretrained.")
+        given = {"input_ids": prompt} | ({"unwanted_ids": unwanted} if unwanted else {})
+        ids = {}
+        for name, texts in given.items():
+            texts = [texts] * count if isinstance(texts, str) else list(texts)
+            if len(texts) != count:
+                raise UserError(f"{len(texts)} texts were given for {count} images: give as many.")
+            ids[name] = self._tokenize(texts)
+        return self.params, ids
 
     def _noise(
         self, latents: Any, rows: int, size: tuple[int, int]

@@ -8,6 +8,7 @@ prediction goes back to the image's size without antialiasing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
+from jaxpercept.diffusion.guidance import Guidance, Text
 from jaxpercept.diffusion.noise import per_example
 from jaxpercept.errors import UserError
 from jaxpercept.inference.ensemble import ensemble
@@ -130,6 +132,7 @@ class Predictor:
         self.multiple = pad_multiple or factor
         self._prepare = jax.jit(self._resize_and_pad, static_argnames=("size", "method", "flip"))
         self._encode = jax.jit(perception.encode)
+        self._embed = jax.jit(perception.embed) if perception.task.reads_text else None
         self._network = jax.jit(self._predict_rows, static_argnames="num_steps")
         self._maps = jax.jit(self._crop, static_argnames=("size", "flip"))
         self._finish = jax.jit(self._resize_back, static_argnames=("output", "method", "kind"))
@@ -143,6 +146,8 @@ class Predictor:
         match_input: bool = True,
         options: Options | None = None,
         latents: Float[np.ndarray, "m i j k"] | None = None,
+        input_ids: Int[Array, "b l"] | None = None,
+        unwanted_ids: Int[Array, "b l"] | None = None,
         first: int = 0,
         count: int | None = None,
         rows: int | None = None,
@@ -157,6 +162,8 @@ class Predictor:
             options: what else there is to choose; None: the model's own.
             latents: standard normal noise to start from instead of that of `options.seed`: a row
                 for each member of each of the first `count` images.
+            input_ids: what to look for in each image, where the model reads a text; on the mesh.
+            unwanted_ids: what not to; see `diffusion.guidance`.
             first: number of the batch's first image, for the noise.
             count: how many of the batch's images matter; the others fill up the devices. The
                 answer has at least so many rows.
@@ -166,18 +173,19 @@ class Predictor:
         own, count = image.shape[1:3], image.shape[0] if count is None else count
         size = processing_size(own, resolution)
         encoded = self._encoded(params, image, size, options.resample_input)
+        text = self._text(params, input_ids, unwanted_ids)
         if options.members == 1:
             numbers = np.arange(first, first + image.shape[0], dtype=np.int32)
             noise = None if latents is None else pad_rows(latents, image.shape[0])
-            decoded, latent = self._run(params, encoded, numbers, noise, options)
+            decoded, latent = self._run(params, encoded, numbers, noise, text, options)
             maps, uncertainty = self._maps(decoded, size=size), None
         else:
             split = (count, first, rows or image.shape[0])
-            members, latent = self._ensemble(params, encoded, size, options, latents, *split)
+            members, latent = self._ensemble(params, encoded, size, options, latents, text, *split)
             if options.flip:
                 mirrored = self._encoded(params, image, size, options.resample_input, flip=True)
                 turned, _ = self._ensemble(
-                    params, mirrored, size, options, latents, *split, flip=True
+                    params, mirrored, size, options, latents, text, *split, flip=True
                 )
                 members = np.concatenate([members, turned], axis=1)
             maps, uncertainty = self._merge(members, options)
@@ -196,22 +204,39 @@ class Predictor:
     ) -> Array:
         return self._encode(params, self._prepare(image, size=size, method=method, flip=flip))
 
+    def _split(self, tree: Any, rows: Any = slice(None)) -> Any:
+        """These rows of the host's arrays, split over the mesh."""
+        spread = NamedSharding(self.mesh, sharding.BATCH)
+        return jax.tree.map(lambda array: sharding.put_tree(array[rows], spread), tree)
+
+    def _text(self, params: Params, wanted: Array | None, unwanted: Array | None) -> Text | None:
+        if wanted is None:
+            return None
+        ids = [wanted] if unwanted is None else [wanted, unwanted]
+        return Text(*(self._embed(params, x) for x in ids))
+
     def _run(
         self,
         params: Params,
         encoded: Array,
         numbers: np.ndarray,
         noise: np.ndarray | None,
+        text: Text | None,
         options: Options,
     ) -> tuple[Array, Array]:
         """Decoded images and latents of rows that lie on the mesh."""
+        given = {"text": text, "num_steps": options.num_steps}
+        if text is not None:
+            guidance = options.guidance or Guidance(*self.perception.recipe.guidance)
+            mixture = guidance.mixture(corrected=text.unwanted is not None)
+            weights = sharding.put_tree(mixture.weights, sharding.replicated(self.mesh))
+            given["mixture"] = dataclasses.replace(mixture, weights=weights)
         if not self.perception.recipe.draws_noise:
-            return self._network(params, encoded, num_steps=options.num_steps)
+            return self._network(params, encoded, **given)
         rows = {"numbers": numbers} | ({} if noise is None else {"noise": noise})
-        spread = NamedSharding(self.mesh, sharding.BATCH)
-        rows = sharding.put_tree(rows, jax.tree.map(lambda _: spread, rows))
+        rows = self._split(rows)
         seed = sharding.put_tree(np.uint32(options.seed), sharding.replicated(self.mesh))
-        return self._network(params, encoded, rows, seed, num_steps=options.num_steps)
+        return self._network(params, encoded, rows, seed, **given)
 
     def _ensemble(
         self,
@@ -220,6 +245,7 @@ class Predictor:
         size: Size,
         options: Options,
         latents: np.ndarray | None,
+        text: Text | None,
         count: int,
         first: int,
         rows: int,
@@ -228,14 +254,14 @@ class Predictor:
     ) -> tuple[Float[np.ndarray, "n e h w c"], Float[np.ndarray, "m i j k"]]:
         """The members' maps at the processing size, and their latents; so many rows at a time."""
         members, images = options.ensemble_size, _to_host(encoded)
-        spread = NamedSharding(self.mesh, sharding.BATCH)
+        texts = jax.tree.map(_to_host, text)
         maps, latent = [], []
         for start in range(0, count * members, rows):
             row = np.minimum(np.arange(start, start + rows), count * members - 1)
             noise = None if latents is None else latents[row]
-            chunk = sharding.put_tree(images[row // members], spread)
+            chunk, told = self._split((images, texts), row // members)
             numbers = (first * members + row).astype(np.int32)
-            decoded, predicted = self._run(params, chunk, numbers, noise, options)
+            decoded, predicted = self._run(params, chunk, numbers, noise, told, options)
             maps.append(_to_host(self._maps(decoded, size=size, flip=flip)))
             latent.append(_to_host(predicted))
         total = count * members
@@ -249,19 +275,16 @@ class Predictor:
         image: Array,
         rows: Mapping[str, Array] | None = None,
         seed: Array | None = None,
-        *,
-        num_steps: int | None,
+        **options: Any,
     ) -> tuple[Array, Array]:
         if rows is None:
-            return self.perception.predict(params, image, num_steps=num_steps)
+            return self.perception.predict(params, image, **options)
         start, between = jax.random.split(jax.random.key(seed))
         noise, numbers = rows.get("noise"), rows["numbers"]
         if noise is None:
             shape = (*image.shape[1:3], image.shape[3] * self.perception.targets)
             noise = per_example(start, numbers, lambda k: jax.random.normal(k, shape))
-        return self.perception.predict(
-            params, image, noise, num_steps=num_steps, key=between, index=numbers
-        )
+        return self.perception.predict(params, image, noise, key=between, index=numbers, **options)
 
     def _resize_and_pad(self, image: Array, *, size: Size, method: str, flip: bool) -> Array:
         image = to_signed_float(image[:, :, ::-1] if flip else image)

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.weights import atomic_write, write_json, write_weights
+from jaxpercept.diffusion.guidance import Text
 from jaxpercept.errors import UserError
 from jaxpercept.inference.opening import perception_of
 from jaxpercept.inference.outputs import KINDS
@@ -60,7 +61,8 @@ def save_stablehlo(
         raise UserError(
             f"The size {size[0]} x {size[1]} does not fit: give multiples of {factor} pixels."
         )
-    weights = flat(used_weights(params, dtype))
+    reads_text = perception.task.reads_text
+    weights = flat(used_weights(params, dtype, text=reads_text))
     batch, images = jax.export.symbolic_args_specs(
         (jax.ShapeDtypeStruct((), jnp.uint8), jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)),
         ("", f"b, {size[0]}, {size[1]}, 3"),
@@ -74,12 +76,17 @@ def save_stablehlo(
         channels = perception.targets * perception.model.vae.config.latent_channels
         cells = tuple(edge // factor for edge in size)
         arguments.append(jax.ShapeDtypeStruct((images.shape[0], *cells, channels), jnp.float32))
+    if reads_text:
+        length = params["prompt"]["embedding"].shape[1]
+        arguments.append(jax.ShapeDtypeStruct((images.shape[0], length), jnp.int32))
 
-    def predict(weights: dict[str, Any], images: Any, noise: Any = None) -> Any:
-        tree = nested(weights)
+    def predict(weights: dict[str, Any], images: Any, *more: Any) -> Any:
+        tree, more = nested(weights), list(more)
         image = perception.encode(tree, to_signed_float(images))
+        noise = more.pop(0) if perception.recipe.draws_noise else None
+        text = Text(perception.embed(tree, more.pop(0))) if reads_text else None
         decoded, _ = perception.predict(
-            tree, image, noise, num_steps=num_steps, key=jax.random.key(0)
+            tree, image, noise, text=text, num_steps=num_steps, key=jax.random.key(0)
         )
         return perception.to_prediction(decoded)
 
@@ -89,7 +96,8 @@ def save_stablehlo(
     signature = {
         "images": ["batch", *size, 3],
         "images_type": "uint8",
-        "noise": list(map(str, arguments[2].shape)) if len(arguments) > 2 else None,
+        "noise": list(map(str, arguments[2].shape)) if perception.recipe.draws_noise else None,
+        "input_ids": list(map(str, arguments[-1].shape)) if reads_text else None,
         "kind": kind,
         "range": list(KINDS[kind].range),
         "convention": KINDS[kind].convention,

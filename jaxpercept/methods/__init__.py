@@ -27,7 +27,7 @@ from jaxpercept.methods.recipe import Recipe
 from jaxpercept.methods.text_to_image import TextToImage
 from jaxpercept.models.config import VAEConfig
 from jaxpercept.models.functional import functional
-from jaxpercept.tasks import TASKS, get_task
+from jaxpercept.tasks import TASKS, get_task, reads_text
 
 Method = OneStep | Denoising | TextToImage | Autoencoder
 PERCEPTION = {"one_step": OneStep, "denoising": Denoising}
@@ -42,10 +42,11 @@ COMPONENTS = {
 """The networks each method trains or runs with."""
 
 
-def components_of(method: Mapping[str, Any]) -> tuple[str, ...]:
-    """The networks of a method with these options."""
+def components_of(method: Mapping[str, Any], task: str = "") -> tuple[str, ...]:
+    """The networks of a method with these options, for a task."""
     head = ("head",) if method.get("decoder") == "dpt" else ()
-    return (*COMPONENTS.get(method.get("name", ""), ()), *head)
+    text = ("text_encoder",) if reads_text(task) else ()
+    return (*COMPONENTS.get(method.get("name", ""), ()), *text, *head)
 
 
 def build_method(
@@ -72,7 +73,7 @@ def build_method(
     if name not in COMPONENTS:
         raise UserError(f"the method {name!r} is unknown: use one of {', '.join(COMPONENTS)}.")
     _check_options(name, options)
-    components = components_of(description.method)
+    components = components_of(description.method, description.task)
     missing = [part for part in components if part not in description.components]
     if missing:
         raise UserError(

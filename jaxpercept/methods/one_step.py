@@ -22,7 +22,7 @@ from jaxpercept.diffusion.schedule import GENPERCEPT
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params
-from jaxpercept.methods.perception import Perception
+from jaxpercept.methods.perception import Perception, batch_fields
 from jaxpercept.methods.recipe import Recipe
 from jaxpercept.tasks.base import Task
 
@@ -55,7 +55,7 @@ class OneStep:
     @property
     def fields(self) -> tuple[str, ...]:
         """What a batch must hold."""
-        return ("rgb", *self.task.fields, "index")
+        return batch_fields(self.task)
 
     def __post_init__(self) -> None:
         unet, vae = self.model.unet.config, self.model.vae.config
@@ -111,10 +111,11 @@ class OneStep:
         image = perception.encode(params, to_signed(batch["rgb"]))
         key_t, key_pixels = jax.random.split(key)
         timesteps = sample_timesteps(self.timesteps, key_t, index, GENPERCEPT.num_train_timesteps)
+        text = perception.text(params, batch)
         if self.decoder == "dpt":
-            decoded = perception.dense(params, image, timesteps)
+            decoded = perception.dense(params, image, timesteps, text)
         else:
-            latent = perception.one_step(params, image, timesteps)
+            latent = perception.one_step(params, image, timesteps, text)
 
         terms, total = {}, jnp.float32(0)
         if self.latent_weight:
@@ -135,7 +136,12 @@ class OneStep:
     @property
     def perception(self) -> Perception:
         """How the trained model predicts."""
-        recipe = Recipe.of("genpercept", timesteps=(self.inference_timestep,), head=self.decoder)
+        recipe = Recipe.of(
+            "genpercept",
+            timesteps=(self.inference_timestep,),
+            head=self.decoder,
+            padded_prompt=self.task.reads_text,
+        )
         return Perception(self.model, recipe, recipe.solver({}), self.task)
 
 

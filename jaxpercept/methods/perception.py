@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpercept.diffusion.sampler import Solver, sample
+from jaxpercept.diffusion.guidance import Guidance, Mixture, Text
+from jaxpercept.diffusion.sampler import Solver
+from jaxpercept.diffusion.steps import Steps, sample
 from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params, empty_prompt
 from jaxpercept.methods.recipe import Recipe
@@ -52,12 +56,24 @@ class Perception:
             return encode_tiled(self.model.vae, params["vae"], rgb, tile=self.vae_tile)
         return encode_mean(self.model.vae, params["vae"], rgb)
 
+    def embed(self, params: Params, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """What the text tower makes of token ids, padded to its length."""
+        return self.model.text_encoder.bind(params["text_encoder"])(input_ids)
+
+    def text(self, params: Params, batch: Mapping[str, Array]) -> Text | None:
+        """What a batch says to look for, None where the task reads no text."""
+        if not self.task.reads_text:
+            return None
+        return Text(self.embed(params, batch["input_ids"]))
+
     def predict(
         self,
         params: Params,
         image: Float[Array, "b i j c"],
         noise: Float[Array, "b i j k"] | None = None,
         *,
+        text: Text | None = None,
+        mixture: Mixture | None = None,
         num_steps: int | None = None,
         key: Key[Array, ""] | None = None,
         index: Int[Array, " b"] | None = None,
@@ -68,8 +84,10 @@ class Perception:
             params: all components, merged.
             image: the images' latents, from `encode`.
             noise: standard normal, where x starts as noise.
+            text: from `embed`, for models that read one; others read the prompt of `params`.
+            mixture: how conditions are mixed; None: by the recipe's guidance.
             num_steps: instead of the recipe's.
-            key, index: for solvers that draw noise between their steps, see `sampler.sample`.
+            key, index: for solvers that draw noise between their steps, see `steps.sample`.
 
         Returns:
             Three channels for each target, or those of a DPT head; the latent they were decoded
@@ -77,49 +95,93 @@ class Perception:
         """
         if self.recipe.head == "dpt":
             timesteps = jnp.full((image.shape[0],), self.recipe.timesteps[0], jnp.int32)
-            return self.dense(params, image, timesteps), image
-        latent = self.latent(params, image, noise, num_steps=num_steps, key=key, index=index)
+            return self.dense(params, image, timesteps, text), image
+        network = self.network(params, image, text, mixture)
+        last, x0 = sample(
+            self.steps(num_steps), network, self.start(image, noise), key=key, index=index
+        )
+        latent = x0 if self.recipe.output == "x0" else last
         return self.decode(params, latent), latent
 
-    def latent(
+    def steps(self, num_steps: int | None = None) -> Steps:
+        """What sampling does; None: in the recipe's number of steps."""
+        timesteps = {} if self.recipe.timesteps is None else {"timesteps": self.recipe.timesteps}
+        return self.solver.steps(num_steps or self.recipe.num_steps, **timesteps)
+
+    def start(self, image: Float[Array, "b i j c"], noise: Array | None) -> Array:
+        """What x is at first."""
+        starts = {"image": image, "zeros": jnp.zeros_like(image), "noise": noise}
+        return starts[self.recipe.start]
+
+    def network(
         self,
         params: Params,
         image: Float[Array, "b i j c"],
-        noise: Float[Array, "b i j k"] | None = None,
-        *,
-        num_steps: int | None = None,
-        key: Key[Array, ""] | None = None,
-        index: Int[Array, " b"] | None = None,
-    ) -> Float[Array, "b i j k"]:
-        """The predicted latent; arguments as for `predict`."""
-        recipe = self.recipe
-        unet = self.model.unet.bind(params["unet"])
-        prompt, options = self._conditions(params, image)
+        text: Text | None = None,
+        mixture: Mixture | None = None,
+    ) -> Callable[[Array, Array], Array]:
+        """The function of (x, timesteps) that sampling calls, guided; arguments as of `predict`.
 
-        def network(x: Array, t: Array) -> Array:
-            inputs = jnp.concatenate([image, x], axis=-1) if recipe.concatenate else x
-            # E2E-FT without noise: four channels, the image alone.
-            return unet(inputs[..., : unet.config.in_channels], t, prompt, **options)
+        All conditions of an image go through the UNet together, one next to the other, so that a
+        batch stays split over the devices as it is.
+        """
+        if mixture is None:
+            guidance = Guidance(*self.recipe.guidance)
+            mixture = guidance.mixture(corrected=text is not None and text.unwanted is not None)
+        branches, weights = mixture.branches, mixture.weights
+        unet, empty = self.model.unet.bind(params["unet"]), empty_prompt(params, image.shape[0])
+        texts = {"wanted": empty, "empty": empty}
+        if text is not None:
+            texts |= {"wanted": text.wanted, "unwanted": text.unwanted}
+        prompt = _beside([texts[branch.text] for branch in branches])
 
-        starts = {"image": image, "zeros": jnp.zeros_like(image), "noise": noise}
-        timesteps = {} if recipe.timesteps is None else {"timesteps": recipe.timesteps}
-        steps = self.solver.steps(num_steps or recipe.num_steps, **timesteps)
-        last, x0 = sample(steps, network, starts[recipe.start], key=key, index=index)
-        return x0 if recipe.output == "x0" else last
+        def guided(x: Array, t: Array) -> Array:
+            seen = {True: self.unet_input(image, x)}
+            if not all(branch.image for branch in branches):
+                seen[False] = self.unet_input(jnp.zeros_like(image), x)
+            inputs = _beside([seen[branch.image] for branch in branches])
+            options = self._options(inputs.shape[0])
+            outputs = unet(inputs, _beside([t] * len(branches)), prompt, **options)
+            outputs = outputs.astype(jnp.float32)
+            if len(branches) == 1:
+                return outputs
+            outputs = outputs.reshape(x.shape[0], len(branches), *outputs.shape[1:])
+            return sum(weights[i] * outputs[:, i] for i in range(len(branches)))
+
+        return guided
+
+    def unet_input(
+        self, image: Float[Array, "b i j c"], x: Float[Array, "b i j k"]
+    ) -> Float[Array, "b i j d"]:
+        """What the UNet sees of the image's latent and of x."""
+        if not self.recipe.concatenate:
+            return x
+        if self.recipe.image_last:
+            image = image / self.model.vae.config.scaling_factor
+        parts = [x, image] if self.recipe.image_last else [image, x]
+        # E2E-FT without noise: four channels, the image alone.
+        return jnp.concatenate(parts, axis=-1)[..., : self.model.unet.config.in_channels]
 
     def one_step(
-        self, params: Params, image: Float[Array, "b i j c"], timesteps: Int[Array, " b"]
+        self,
+        params: Params,
+        image: Float[Array, "b i j c"],
+        timesteps: Int[Array, " b"],
+        text: Text | None = None,
     ) -> Float[Array, "b i j c"]:
         """The latent that one pass over the image's latent predicts, at any timesteps."""
-        prompt, options = self._conditions(params, image)
-        output = self.model.unet.bind(params["unet"])(image, timesteps, prompt, **options)
-        return self.solver.schedule.to_x0(output.astype(jnp.float32), image, timesteps)
+        output = self.network(params, image, text)(image, timesteps)
+        return self.solver.schedule.to_x0(output, image, timesteps)
 
     def dense(
-        self, params: Params, image: Float[Array, "b i j c"], timesteps: Int[Array, " b"]
+        self,
+        params: Params,
+        image: Float[Array, "b i j c"],
+        timesteps: Int[Array, " b"],
+        text: Text | None = None,
     ) -> Float[Array, "b h w d"]:
         """A DPT head's map over the UNet's features, of any range, float32, at the image's size."""
-        prompt, _ = self._conditions(params, image)
+        prompt = empty_prompt(params, image.shape[0]) if text is None else text.wanted
         features = self.model.unet.bind(params["unet"]).features(image, timesteps, prompt)
         decoded = self.model.head.bind(params["head"])(features).astype(jnp.float32)
         size = tuple(edge * self.model.downscale for edge in image.shape[1:3])
@@ -146,11 +208,23 @@ class Perception:
             decoded = self.task.from_head(decoded)
         return self.task.to_prediction(decoded)
 
-    def _conditions(
-        self, params: Params, image: Float[Array, "b i j c"]
-    ) -> tuple[Array, dict[str, Array]]:
-        options, batch = {}, image.shape[0]
-        if self.recipe.task_vector is not None:
-            vector = jnp.asarray(self.recipe.task_vector, jnp.float32)
-            options["class_labels"] = jnp.broadcast_to(vector, (batch, vector.size))
-        return empty_prompt(params, batch), options
+    def _options(self, rows: Any) -> dict[str, Array]:
+        """What the UNet reads beside the prompt; rows may be a symbolic dimension."""
+        if self.recipe.task_vector is None:
+            return {}
+        vector = jnp.asarray(self.recipe.task_vector, jnp.float32)
+        return {"class_labels": jnp.broadcast_to(vector, (rows, vector.size))}
+
+
+def batch_fields(task: Task) -> tuple[str, ...]:
+    """What a batch must hold to train for a task."""
+    text = ("input_ids",) if task.reads_text else ()
+    return tuple(dict.fromkeys(("rgb", *task.fields, *text, "index")))
+
+
+def _beside(parts: Sequence[Float[Array, "b ..."]]) -> Float[Array, "k ..."]:
+    """Row i of each of them, then row i + 1 of each."""
+    if len(parts) == 1:
+        return parts[0]
+    together = jnp.stack(parts, axis=1)
+    return together.reshape(-1, *together.shape[2:])

@@ -1,15 +1,17 @@
 """From an image's latent to the prediction's latent: one table row for every family of models.
 
-    family         x starts as    the UNet sees     steps                         decoded
-    genpercept     image latent   x                 1, any timestep (beta = 1)    x_0 = -output
-    rgb_blending   image latent   x                 the scheduler's               x_0
-    marigold       noise          [image, x]        the scheduler's               last x
-    e2e_ft         zeros          [image, x]        1, trailing: 999              x_0
-    lotus_d        image latent   x, task vector    1, at 999                     x_0 = output
-    lotus_g        noise          [image, x], task  1, at 999                     x_0 = output
+    family            x starts as    the UNet sees     steps                         decoded
+    genpercept        image latent   x                 1, any timestep (beta = 1)    x_0 = -output
+    rgb_blending      image latent   x                 the scheduler's               x_0
+    marigold          noise          [image, x]        the scheduler's               last x
+    e2e_ft            zeros          [image, x]        1, trailing: 999              x_0
+    lotus_d           image latent   x, task vector    1, at 999                     x_0 = output
+    lotus_g           noise          [image, x], task  1, at 999                     x_0 = output
+    instruct_pix2pix  noise          [x, image], text  the scheduler's, guided       last x
 
 Sources: GenPercept `genpercept_pipeline.py`, Marigold `marigold_depth_pipeline.py`, E2E-FT
-`training/train.py` and `Marigold/marigold/marigold_pipeline.py`, Lotus `pipeline.py`.
+`training/train.py` and `Marigold/marigold/marigold_pipeline.py`, Lotus `pipeline.py`,
+InstructPix2Pix diffusers' `pipeline_stable_diffusion_instruct_pix2pix.py`.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ class Recipe:
         start: what x is at first: the "image" latent, "zeros" or "noise".
         concatenate: whether the UNet sees the image's latent beside x. One that has too few input
             channels for both sees the image alone (E2E-FT's noise_type None).
+        image_last: the image's latent comes behind x, not before it, and is not scaled: it is the
+            autoencoder's own (InstructPix2Pix).
         output: what is decoded, the last predicted "x0" or the last "sample". They differ where the
             last step leaves some noise, as in Marigold v1.
         num_steps: the number of steps unless another is asked for.
@@ -44,11 +48,13 @@ class Recipe:
         scheduler: what replaces entries of the checkpoint's scheduler_config.json.
         padded_prompt: whether the empty prompt is padded to the text tower's length.
         head: "vae", or "dpt" for GenPercept's decoder that reads the UNet's features.
+        guidance: of text and image, `diffusion.guidance.Guidance`'s first two.
     """
 
     family: str
     start: str = "image"
     concatenate: bool = False
+    image_last: bool = False
     output: str = "x0"
     num_steps: int = 1
     timesteps: tuple[int, ...] | None = None
@@ -56,6 +62,7 @@ class Recipe:
     scheduler: tuple[tuple[str, Any], ...] = ()
     padded_prompt: bool = False
     head: str = "vae"
+    guidance: tuple[float, float] = (1.0, 1.0)
 
     @classmethod
     def of(cls, family: str, **changes: Any) -> Recipe:
@@ -66,8 +73,9 @@ class Recipe:
         """
         if family not in FAMILIES:
             raise UserError(f"The family {family!r} is unknown: use {', '.join(FAMILIES)}.")
-        if changes.get("timesteps") is not None:
-            changes["timesteps"] = tuple(changes["timesteps"])
+        for name in ("timesteps", "guidance"):
+            if changes.get(name) is not None:
+                changes[name] = tuple(changes[name])
         return dataclasses.replace(FAMILIES[family], **changes)
 
     @property
@@ -114,5 +122,16 @@ FAMILIES = {
         ),
         Recipe("lotus_d", **_ONE_STEP_OF_LOTUS),
         Recipe("lotus_g", start="noise", concatenate=True, **_ONE_STEP_OF_LOTUS),
+        # The guidance and the steps of ADDP's referring segmentation.
+        Recipe(
+            "instruct_pix2pix",
+            start="noise",
+            concatenate=True,
+            image_last=True,
+            output="sample",
+            num_steps=100,
+            padded_prompt=True,
+            guidance=(3.0, 1.5),
+        ),
     )
 }

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from jaxpercept.diffusion import sampler
 from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.schedule import GENPERCEPT
+from jaxpercept.diffusion.steps import sample
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params
@@ -128,5 +129,5 @@ class TextToImage:
 
         channels = self.model.vae.config.latent_channels
         noise = jax.random.normal(key, (batch, *latent_size, channels))
-        _, latent = sampler.sample(sampler.ddim(self.model.schedule, num_steps), predict, noise)
+        _, latent = sample(sampler.ddim(self.model.schedule, num_steps), predict, noise)
         return jnp.clip(decode_latents(self.model.vae, params["vae"], latent), -1, 1)

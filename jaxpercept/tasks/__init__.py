@@ -12,7 +12,7 @@ from jaxpercept.tasks.normals import NormalsTask
 from jaxpercept.tasks.pose import PoseTask
 from jaxpercept.tasks.segmentation import ColoursTask, SegmentationTask
 
-__all__ = ["TASKS", "Target", "Task", "get_task"]
+__all__ = ["TASKS", "Target", "Task", "get_task", "reads_text"]
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -28,6 +28,11 @@ TASKS: dict[str, type[Task]] = {
         IntrinsicsTask,
     )
 }
+
+
+def reads_text(name: str) -> bool:
+    """Whether there is a task of that name whose images each come with a text."""
+    return name in TASKS and TASKS[name].reads_text
 
 
 def get_task(name: str, /, **options: Any) -> Task:

@@ -45,6 +45,7 @@ class Task:
       fields: what a batch must hold beside the image.
       loss_names: the pixel losses it knows.
       default_weights: of those that the paper trains with.
+      reads_text: whether each image comes with a text that says what to predict.
     """
 
     name: ClassVar[str]
@@ -54,6 +55,7 @@ class Task:
     fields: ClassVar[tuple[str, ...]] = ()
     loss_names: ClassVar[tuple[str, ...]] = ()
     default_weights: ClassVar[Mapping[str, float]] = {}
+    reads_text: ClassVar[bool] = False
 
     # ---- training --------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from absl import logging
 
 from jaxpercept.checkpoints import orbax
 from jaxpercept.checkpoints.description import FILE_NAME, Description
+from jaxpercept.checkpoints.diffusers_write import copy_tokenizer
 from jaxpercept.checkpoints.load import STEPS
 from jaxpercept.errors import UserError
 from jaxpercept.training.optim import Params
@@ -168,9 +169,13 @@ def _join_state(params: Any, rest: State) -> State:
     return {**rest, ("ema" if "params" in rest else "params"): params}
 
 
-def write_description(workdir: Path, description: Description) -> None:
-    """Say what the run is, once for all processes."""
+def write_description(
+    workdir: Path, description: Description, tokenizer_dir: Path | None = None
+) -> None:
+    """Say what the run is, once for all processes, and keep its tokenizer, if it has one."""
     if jax.process_index() == 0:
+        if tokenizer_dir is not None:
+            copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
         description.save(workdir)
 
 

@@ -76,7 +76,7 @@ def train(
         observe = observer(setup, mesh) if observer is not None else None
         optimizer, schedule = make_optimizer(config.optimizer)
         trained, frozen = _weights(config, setup, workdir, checkpoints, start)
-        write_description(workdir, setup.description)
+        write_description(workdir, setup.description, setup.tokenizer_dir)
         state, shardings = _place(config, trained, optimizer, mesh, checkpoints, start, iterator)
         frozen = sharding.put_tree(frozen, sharding.tree_shardings(frozen, mesh))
         step_fn = make_train_step(

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Int32
 
 from jaxpercept.checkpoints.description import Description, architectures
-from jaxpercept.checkpoints.load import describe, load_model
-from jaxpercept.checkpoints.tokenizer import load_tokenizer, tokenize
+from jaxpercept.checkpoints.load import describe, load_model, tokenizer_folder
+from jaxpercept.checkpoints.tokenizer import Tokenize, padded_tokenizer
 from jaxpercept.checkpoints.widen import widen_conv_in
 from jaxpercept.config import check_resolution
 from jaxpercept.errors import UserError
@@ -27,10 +25,8 @@ from jaxpercept.models.config import UNetConfig, VAEConfig
 from jaxpercept.models.dpt import DPTConfig
 from jaxpercept.models.functional import functional
 from jaxpercept.models.lora import LoraConfig, is_lora
-from jaxpercept.tasks import get_task
+from jaxpercept.tasks import get_task, reads_text
 from jaxpercept.training.optim import Params, split_params
-
-Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "n l"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +36,8 @@ class Setup:
     method: Method
     description: Description
     tokenize: Tokenize | None
+    tokenizer_dir: Path | None = None
+    """The files of the tokenizer of a model whose images each have a text."""
 
 
 def set_up(config: Any) -> Setup:
@@ -52,14 +50,15 @@ def set_up(config: Any) -> Setup:
     if config.checkpoint:
         base = describe(config.checkpoint, components=_from_checkpoint(config))
     name = config.method.name
-    options, tokenizer = plain(config.method), None
-    task_options = plain(config.task_options) if name in PERCEPTION else {}
+    task = config.task if name in PERCEPTION else ""
+    options = plain(config.method)
+    task_options = plain(config.task_options) if task else {}
     architecture = plain(config.architecture)
     head = {key: value for key, value in architecture.pop("head", {}).items() if value is not None}
     components = {**base.components, **architectures(architecture)}
     if options.get("decoder") == "dpt" and "unet" in components:
-        task = get_task(config.task, **task_options)
-        beside = DPTConfig.beside(components["unet"], task.head_channels)
+        channels = get_task(task, **task_options).head_channels
+        beside = DPTConfig.beside(components["unet"], channels)
         given = components.get("head", beside).to_dict()
         components["head"] = DPTConfig.from_dict({**given, **head})
     if name == "denoising" and options.get("noise") != "image" and {"unet", "vae"} <= {*components}:
@@ -70,15 +69,20 @@ def set_up(config: Any) -> Setup:
                 f"config.random_init names {expression!r}, which has no architecture: describe it "
                 "in config.architecture."
             )
-    if name == "text_to_image" and "text_encoder" in components:
-        length = components["text_encoder"].max_position_embeddings
-        tokenizer = functools.partial(tokenize, load_tokenizer(config.tokenizer), max_length=length)
+    tokenizer, folder = None, None
+    if (name == "text_to_image" or reads_text(task)) and "text_encoder" in components:
+        if config.tokenizer:
+            folder = Path(config.tokenizer)
+        elif config.checkpoint:
+            folder = tokenizer_folder(config.checkpoint)
+        tokenizer = padded_tokenizer(folder, components["text_encoder"])
+    if name == "text_to_image" and tokenizer is not None:
         options["empty_ids"] = tokenizer([""])[0].tolist()
     description = Description(
-        components={p: components[p] for p in components_of(options) if p in components},
+        components={p: components[p] for p in components_of(options, task) if p in components},
         scheduler={**base.scheduler, **plain(config.scheduler)},
         method=options,
-        task=config.task if name in PERCEPTION else "",
+        task=task,
         task_options=task_options,
         resolution=tuple(config.resolution),
         base_checkpoint=config.checkpoint,
@@ -97,7 +101,7 @@ def set_up(config: Any) -> Setup:
             fixed,
             method.inference_timestep,
         )
-    return Setup(method, description, tokenizer)
+    return Setup(method, description, tokenizer, folder if reads_text(task) else None)
 
 
 def initial_weights(config: Any, setup: Setup) -> tuple[Params, Params]:
@@ -182,7 +186,7 @@ def plain(config: Any) -> dict[str, Any]:
 def _from_checkpoint(config: Any) -> list[str]:
     """The components to read from the checkpoint."""
     name = config.method.name
-    # GenPercept needs the text encoder once, for the empty prompt; load_model encodes it.
+    # Most tasks need the text encoder once, for the empty prompt; load_model encodes it.
     wanted = {*components_of(plain(config.method))}
     wanted |= {"text_encoder"} if name in PERCEPTION else set()
     unneeded = set(config.random_init) & {*config.architecture, "head"}
@@ -192,7 +196,10 @@ def _from_checkpoint(config: Any) -> list[str]:
 def _given_weights(config: Any) -> Params:
     """Those of the checkpoint, and the encoded prompt."""
     description, params = load_model(
-        config.checkpoint, components=_from_checkpoint(config), prompt=config.prompt
+        config.checkpoint,
+        components=_from_checkpoint(config),
+        prompt=config.prompt,
+        padded=reads_text(config.task),
     )
     if config.prompt and "text_encoder" not in description.components:
         raise UserError(

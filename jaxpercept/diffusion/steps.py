@@ -1,0 +1,171 @@
+"""Sampling: a solver is a table of coefficients, and one compiled loop runs any of them.
+
+Between the network's output and the next sample every solver here is linear, save for the clipping
+of x_0; `diffusion.sampler` has the solvers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jaxpercept.diffusion.noise import per_example
+
+PredictFn = Callable[[Float[Array, "b *d"], Float[Array, "b"]], Float[Array, "b *d"]]
+Column = Float[np.ndarray, "n"]
+
+
+class Table(NamedTuple):
+    """A row for each step, from the noisiest on. With x the sample and z standard normal noise:
+
+    output = network(scale * x, timestep)
+    x_0    = clip(x0_of_x * x + x0_of_output * output)
+    x      = next_of_x * x + next_of_output * output + next_of_x0 * x_0 + next_of_noise * z
+    """
+
+    timestep: Column
+    scale: Column
+    x0_of_x: Column
+    x0_of_output: Column
+    next_of_x: Column
+    next_of_output: Column
+    next_of_x0: Column
+    next_of_noise: Column
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Steps:
+    """What to do in n steps.
+
+    Attributes:
+      table: the coefficients. The Euler solvers work with x = x_0 + σ ε instead of
+        √ᾱ x_0 + √(1−ᾱ) ε; their `scale` takes the one to the other.
+      initial_scale: the first x is so many times the latents that sampling starts from.
+      clip: largest absolute value of x_0, None for no limit.
+      first: the number of the first step in the whole trajectory, which its noise depends on.
+    """
+
+    table: Table
+    initial_scale: float = 1.0
+    clip: float | None = None
+    first: int = 0
+
+    def __len__(self) -> int:
+        return len(self.table.timestep)
+
+    def after(self, count: int) -> "Steps":
+        """What is left to do when `count` steps are done, from the x that they led to.
+
+        With the same key and index the rest is the same as without the interruption.
+        """
+        if not 0 <= count < len(self):
+            raise ValueError(f"of {len(self)} steps, {count} cannot be done before the last")
+        if count == 0:
+            return self
+        table = Table(*(column[count:] for column in self.table))
+        return Steps(table, clip=self.clip, first=self.first + count)
+
+
+class Trajectory(NamedTuple):
+    """What happened in n steps.
+
+    Attributes:
+      x: the sample before each step; x[i] is where `steps.after(i)` goes on.
+      x0: what each step predicted.
+      last: the sample after the last one.
+    """
+
+    x: Float[Array, "n b *d"]
+    x0: Float[Array, "n b *d"]
+    last: Float[Array, "b *d"]
+
+
+def sample(
+    steps: Steps,
+    predict_fn: PredictFn,
+    latents: Float[Array, "b *d"],
+    *,
+    key: Key[Array, ""] | None = None,
+    index: Int[Array, "b"] | None = None,
+) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
+    """Runs the steps from `latents` as one scan, so predict_fn is traced once.
+
+    Args:
+      steps: from a solver, such as `ddim(schedule, num_steps)`.
+      predict_fn: (x float32 [b, ...], timestep float32 [b]) -> network output [b, ...].
+      latents: x_T; pure noise, or the RGB latent for RGB blending and GenPercept.
+      key, index: for steps that draw noise; that of row i depends only on (key, index[i], step),
+        with index = 0..b-1 if None.
+
+    Returns:
+      (last sample, last predicted x_0), float32. Marigold decodes the first, GenPercept and
+      E2E-FT the second.
+    """
+    step = _step(steps, predict_fn, latents, key, index)
+    x = latents.astype(jnp.float32) * steps.initial_scale
+    (x, x0), _ = jax.lax.scan(
+        lambda carry, row: (step(carry[0], row), None), (x, jnp.zeros_like(x)), _rows(steps)
+    )
+    return x, x0
+
+
+def trajectory(
+    steps: Steps,
+    predict_fn: PredictFn,
+    latents: Float[Array, "b *d"],
+    *,
+    key: Key[Array, ""] | None = None,
+    index: Int[Array, "b"] | None = None,
+) -> Trajectory:
+    """All that `sample` passes through; its arguments."""
+    step = _step(steps, predict_fn, latents, key, index)
+
+    def keeping(x: Array, row: tuple[Array, Table]) -> tuple[Array, tuple[Array, Array]]:
+        following, x0 = step(x, row)
+        return following, (x, x0)
+
+    x = latents.astype(jnp.float32) * steps.initial_scale
+    last, (x, x0) = jax.lax.scan(keeping, x, _rows(steps))
+    return Trajectory(x, x0, last)
+
+
+def _rows(steps: Steps) -> tuple[np.ndarray, Table]:
+    """What the scan reads: the steps' numbers and coefficients."""
+    table = jax.tree.map(lambda column: np.asarray(column, np.float32), steps.table)
+    return np.arange(steps.first, steps.first + len(steps)), table
+
+
+def _step(
+    steps: Steps,
+    predict_fn: PredictFn,
+    latents: Float[Array, "b *d"],
+    key: Key[Array, ""] | None,
+    index: Int[Array, "b"] | None,
+) -> Callable[[Array, tuple[Array, Table]], tuple[Array, Array]]:
+    """(x, (number, row)) -> (next x, x_0)."""
+    draws = bool(np.any(steps.table.next_of_noise))
+    if draws and key is None:
+        raise ValueError("these steps draw noise: give a key")
+    batch = latents.shape[0]
+    index = jnp.arange(batch) if index is None else index
+
+    def noise(number: Int[Array, ""]) -> Float[Array, "b *d"]:
+        def draw(key: Key[Array, ""]) -> Array:
+            return jax.random.normal(jax.random.fold_in(key, number), latents.shape[1:])
+
+        return per_example(key, index, draw)
+
+    def step(x: Array, inputs: tuple[Array, Table]) -> tuple[Array, Array]:
+        number, row = inputs
+        output = predict_fn(row.scale * x, jnp.full(batch, row.timestep)).astype(jnp.float32)
+        x0 = row.x0_of_x * x + row.x0_of_output * output
+        if steps.clip is not None:
+            x0 = jnp.clip(x0, -steps.clip, steps.clip)
+        x = row.next_of_x * x + row.next_of_output * output + row.next_of_x0 * x0
+        return (x + row.next_of_noise * noise(number)) if draws else x, x0
+
+    return step

@@ -37,12 +37,12 @@ import jaxpercept
 from jaxpercept import cli
 from jaxpercept.data.readers import UnreadableFileError, read_rgb
 from jaxpercept.errors import UserError
+from jaxpercept.inference.batches import pad_rows, plan_batches
 from jaxpercept.inference.image_files import Job, decoded, find_images, size_on_disk
 from jaxpercept.inference.opening import DTYPES
 from jaxpercept.inference.outputs import AXES, save_prediction
 from jaxpercept.inference.pipeline import PerceptionOutput, PerceptionPipeline
 from jaxpercept.inference.point_cloud import Intrinsics, save_point_cloud
-from jaxpercept.inference.predictor import pad_rows, plan_batches
 from jaxpercept.inference.sequence import normalise
 from jaxpercept.training import sharding
 

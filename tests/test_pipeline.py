@@ -17,15 +17,9 @@ from tiny_model import Mirror, quick_compile  # noqa: F401
 import jaxpercept
 from jaxpercept import PerceptionPipeline
 from jaxpercept.errors import UserError
+from jaxpercept.inference.batches import local_mesh, plan_batches, put_rows
 from jaxpercept.inference.images import to_batch
-from jaxpercept.inference.predictor import (
-    Predictor,
-    local_mesh,
-    plan_batches,
-    processing_size,
-    put_rows,
-    resolve_resolution,
-)
+from jaxpercept.inference.predictor import Predictor, processing_size, resolve_resolution
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

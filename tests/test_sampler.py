@@ -224,15 +224,18 @@ def test_a_trajectory_goes_on_from_where_it_was_left(class_name, rng):
     assert whole.x.shape == whole.x0.shape == (6, 2, 7)
     for done in range(6):
         entered = whole.x[done] if done else start
-        rest = trajectory(steps.after(done), predict, entered, key=key, index=index)
+        rest = trajectory(steps.between(done), predict, entered, key=key, index=index)
         assert len(rest.x) == 6 - done
         np.testing.assert_allclose(rest.last, last, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(rest.x0, whole.x0[done:], rtol=1e-5, atol=1e-5)
-        again = steps.after(done // 2).after(done - done // 2)
+        again = steps.between(done // 2).between(done - done // 2)
         assert again.first == done
-    for wrong in (-1, 6):
+        if done:
+            before, _ = sample(steps.between(0, done), predict, start, key=key, index=index)
+            np.testing.assert_allclose(before, entered, rtol=1e-5, atol=1e-5)
+    for wrong in [(-1, 3), (6, None), (2, 2), (0, 7)]:
         with pytest.raises(ValueError, match="steps"):
-            steps.after(wrong)
+            steps.between(*wrong)
 
 
 def test_missing_key_is_an_error():

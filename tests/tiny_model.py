@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.orbax import save_export
-from jaxpercept.inference.predictor import local_mesh
+from jaxpercept.inference.batches import local_mesh
 from jaxpercept.models.config import UNetConfig, VAEConfig
 from jaxpercept.models.functional import functional
 from jaxpercept.tasks.depth import DEPTH

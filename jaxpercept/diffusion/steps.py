@@ -57,24 +57,24 @@ class Steps:
     def __len__(self) -> int:
         return len(self.table.timestep)
 
-    def after(self, count: int) -> "Steps":
-        """What is left to do when `count` steps are done, from the x that they led to.
+    def between(self, start: int, end: int | None = None) -> "Steps":
+        """Steps `start` to `end`, not included; None: to the last. They go on from x, not noise.
 
-        With the same key and index the rest is the same as without the interruption.
+        With the same key and index they are the same as without the interruption.
         """
-        if not 0 <= count < len(self):
-            raise ValueError(f"of {len(self)} steps, {count} cannot be done before the last")
-        if count == 0:
-            return self
-        table = Table(*(column[count:] for column in self.table))
-        return Steps(table, clip=self.clip, first=self.first + count)
+        end = len(self) if end is None else end
+        if not 0 <= start < end <= len(self):
+            raise ValueError(f"there are no steps from {start} to {end} of {len(self)}")
+        table = Table(*(column[start:end] for column in self.table))
+        scale = 1.0 if start else self.initial_scale
+        return Steps(table, scale, self.clip, self.first + start)
 
 
 class Trajectory(NamedTuple):
     """What happened in n steps.
 
     Attributes:
-      x: the sample before each step; x[i] is where `steps.after(i)` goes on.
+      x: the sample before each step; x[i] is where `steps.between(i)` goes on.
       x0: what each step predicted.
       last: the sample after the last one.
     """

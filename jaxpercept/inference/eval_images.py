@@ -13,7 +13,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from jaxpercept.data.datasets import Record
-from jaxpercept.inference.predictor import plan_batches
+from jaxpercept.inference.batches import plan_batches
 from jaxpercept.training import sharding
 
 # Decoded images are kept between runs up to this many bytes.
@@ -40,7 +40,7 @@ class EvalImages:
 
     Attributes:
         names, sizes: of the items; sizes are (height, width).
-        batches: (items, rows) of each batch, see `predictor.plan_batches`.
+        batches: (items, rows) of each batch, see `batches.plan_batches`.
         own: items whose rows lie on this process's devices.
 
     Raises:

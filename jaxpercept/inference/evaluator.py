@@ -21,12 +21,7 @@ from jaxpercept.inference.comparison import Comparison
 from jaxpercept.inference.eval_images import EvalImages, spread
 from jaxpercept.inference.measures import check_dataset, make_protocols, measure_of
 from jaxpercept.inference.options import Options
-from jaxpercept.inference.predictor import (
-    Params,
-    PerceptionModel,
-    Predictor,
-    resolve_resolution,
-)
+from jaxpercept.inference.predictor import Params, PerceptionModel, Predictor, resolve_resolution
 from jaxpercept.inference.scoring import Scorer, Started, Tally, own_rows, settled
 
 

@@ -21,6 +21,7 @@ from jaxpercept.checkpoints.tokenizer import Tokenize
 from jaxpercept.diffusion.guidance import Guidance
 from jaxpercept.errors import UserError
 from jaxpercept.inference.answer import PerceptionOutput, targets_apart
+from jaxpercept.inference.batches import local_mesh, plan_batches, put_rows
 from jaxpercept.inference.images import to_batch
 from jaxpercept.inference.opening import (
     no_text,
@@ -34,10 +35,7 @@ from jaxpercept.inference.predictor import (
     Params,
     Prediction,
     Predictor,
-    local_mesh,
-    plan_batches,
     processing_size,
-    put_rows,
     resolve_resolution,
 )
 from jaxpercept.inference.sequence import SharedScale, next_latents

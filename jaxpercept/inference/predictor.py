@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -25,6 +23,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxpercept.diffusion.guidance import Guidance, Text
 from jaxpercept.diffusion.noise import per_example
 from jaxpercept.errors import UserError
+from jaxpercept.inference.batches import pad_rows
 from jaxpercept.inference.ensemble import ensemble
 from jaxpercept.inference.options import Options
 from jaxpercept.resize import resize
@@ -133,7 +132,8 @@ class Predictor:
         self._prepare = jax.jit(self._resize_and_pad, static_argnames=("size", "method", "flip"))
         self._encode = jax.jit(perception.encode)
         self._embed = jax.jit(perception.embed) if perception.task.reads_text else None
-        self._network = jax.jit(self._predict_rows, static_argnames="num_steps")
+        self._network = jax.jit(self._predict_rows, static_argnames=("num_steps", "first"))
+        self._advance = jax.jit(self._advance_rows, static_argnames=("num_steps", "until"))
         self._maps = jax.jit(self._crop, static_argnames=("size", "flip"))
         self._finish = jax.jit(self._resize_back, static_argnames=("output", "method", "kind"))
 
@@ -151,6 +151,7 @@ class Predictor:
         first: int = 0,
         count: int | None = None,
         rows: int | None = None,
+        first_step: int = 0,
     ) -> Prediction:
         """Predict a batch.
 
@@ -168,6 +169,7 @@ class Predictor:
             count: how many of the batch's images matter; the others fill up the devices. The
                 answer has at least so many rows.
             rows: predictions made at a time in an ensemble; None: as many as there are images.
+            first_step: the first step to take; `latents` are then those that `advance` led to.
         """
         options = options or Options()
         own, count = image.shape[1:3], image.shape[0] if count is None else count
@@ -177,7 +179,8 @@ class Predictor:
         if options.members == 1:
             numbers = np.arange(first, first + image.shape[0], dtype=np.int32)
             noise = None if latents is None else pad_rows(latents, image.shape[0])
-            decoded, latent = self._run(params, encoded, numbers, noise, text, options)
+            given = (params, encoded, numbers, noise, text, options)
+            decoded, latent = self._run(self._network, *given, first=first_step)
             maps, uncertainty = self._maps(decoded, size=size), None
         else:
             split = (count, first, rows or image.shape[0])
@@ -194,6 +197,28 @@ class Predictor:
         if uncertainty is not None:
             uncertainty = finish(uncertainty, kind="uncertainty")
         return Prediction(finish(maps, kind="prediction"), uncertainty, latent)
+
+    def advance(
+        self,
+        params: Params,
+        image: Shaped[Array, "b h w 3"],
+        *,
+        resolution: int,
+        until: int,
+        options: Options | None = None,
+        input_ids: Int[Array, "b l"] | None = None,
+        first: int = 0,
+    ) -> Float[Array, "b i j k"]:
+        """What x is before step `until`, from where a call goes on with `first_step=until`.
+
+        So a prediction that is corrected does not start anew. Arguments as for a call.
+        """
+        options, size = options or Options(), processing_size(image.shape[1:3], resolution)
+        encoded = self._encoded(params, image, size, options.resample_input)
+        text = self._text(params, input_ids, None)
+        numbers = np.arange(first, first + image.shape[0], dtype=np.int32)
+        given = (params, encoded, numbers, None, text, options)
+        return self._run(self._advance, *given, until=until)
 
     def network_size(self, size: Size, resolution: int) -> Size:
         """(height, width) at which the network sees images of that size; each is compiled once."""
@@ -217,26 +242,28 @@ class Predictor:
 
     def _run(
         self,
+        program: Callable[..., Any],
         params: Params,
         encoded: Array,
         numbers: np.ndarray,
         noise: np.ndarray | None,
         text: Text | None,
         options: Options,
-    ) -> tuple[Array, Array]:
-        """Decoded images and latents of rows that lie on the mesh."""
-        given = {"text": text, "num_steps": options.num_steps}
+        **given: Any,
+    ) -> Any:
+        """What a program gives for rows that lie on the mesh."""
+        given |= {"text": text, "num_steps": options.num_steps}
         if text is not None:
             guidance = options.guidance or Guidance(*self.perception.recipe.guidance)
             mixture = guidance.mixture(corrected=text.unwanted is not None)
             weights = sharding.put_tree(mixture.weights, sharding.replicated(self.mesh))
             given["mixture"] = dataclasses.replace(mixture, weights=weights)
         if not self.perception.recipe.draws_noise:
-            return self._network(params, encoded, **given)
+            return program(params, encoded, **given)
         rows = {"numbers": numbers} | ({} if noise is None else {"noise": noise})
         rows = self._split(rows)
         seed = sharding.put_tree(np.uint32(options.seed), sharding.replicated(self.mesh))
-        return self._network(params, encoded, rows, seed, **given)
+        return program(params, encoded, rows, seed, **given)
 
     def _ensemble(
         self,
@@ -261,7 +288,8 @@ class Predictor:
             noise = None if latents is None else latents[row]
             chunk, told = self._split((images, texts), row // members)
             numbers = (first * members + row).astype(np.int32)
-            decoded, predicted = self._run(params, chunk, numbers, noise, told, options)
+            given = (params, chunk, numbers, noise, told, options)
+            decoded, predicted = self._run(self._network, *given)
             maps.append(_to_host(self._maps(decoded, size=size, flip=flip)))
             latent.append(_to_host(predicted))
         total = count * members
@@ -277,14 +305,32 @@ class Predictor:
         seed: Array | None = None,
         **options: Any,
     ) -> tuple[Array, Array]:
+        """Decoded images and their latents."""
+        return self.perception.predict(params, image, **options, **self._noise(image, rows, seed))
+
+    def _advance_rows(
+        self,
+        params: Params,
+        image: Array,
+        rows: Mapping[str, Array] | None = None,
+        seed: Array | None = None,
+        **options: Any,
+    ) -> Array:
+        """What x is before a step."""
+        return self.perception.advance(params, image, **options, **self._noise(image, rows, seed))
+
+    def _noise(
+        self, image: Array, rows: Mapping[str, Array] | None, seed: Array | None
+    ) -> dict[str, Array]:
+        """What rows start from, given or drawn, and what the noise between steps hangs on."""
         if rows is None:
-            return self.perception.predict(params, image, **options)
+            return {}
         start, between = jax.random.split(jax.random.key(seed))
         noise, numbers = rows.get("noise"), rows["numbers"]
         if noise is None:
             shape = (*image.shape[1:3], image.shape[3] * self.perception.targets)
             noise = per_example(start, numbers, lambda k: jax.random.normal(k, shape))
-        return self.perception.predict(params, image, noise, key=between, index=numbers, **options)
+        return {"noise": noise, "key": between, "index": numbers}
 
     def _resize_and_pad(self, image: Array, *, size: Size, method: str, flip: bool) -> Array:
         image = to_signed_float(image[:, :, ::-1] if flip else image)
@@ -316,47 +362,3 @@ def _to_host(array: Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def local_mesh() -> Mesh:
-    """A mesh over this process's devices: predicting needs no other process."""
-    devices = np.asarray(jax.local_devices()).reshape(-1, 1, 1)
-    return Mesh(devices, ("data", "fsdp", "tensor"))
-
-
-def plan_batches(
-    keys: Sequence[Hashable], batch_size: int, multiple: int = 1
-) -> list[tuple[list[int], int]]:
-    """Sort items into batches of one key each.
-
-    All batches of a key have the same number of rows, so that each key compiles once; the rows are
-    as few as cover the items in the fewest batches.
-
-    Args:
-        keys: the key (the shape) of each item.
-        batch_size: most rows of a batch, before rounding up to `multiple`.
-        multiple: what the number of rows must be divisible by.
-
-    Returns:
-        (items, rows) of each batch, at most `rows` items each, in the order of their first items.
-    """
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for item, key in enumerate(keys):
-        groups[key].append(item)
-    largest = math.ceil(batch_size / multiple) * multiple
-    batches = []
-    for items in groups.values():
-        count = math.ceil(len(items) / largest)
-        rows = math.ceil(math.ceil(len(items) / count) / multiple) * multiple
-        batches += [(items[i : i + rows], rows) for i in range(0, len(items), rows)]
-    return sorted(batches)
-
-
-def pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    """Repeat the last row until there are `rows`."""
-    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
-
-
-def put_rows(array: np.ndarray, rows: int, mesh: Mesh) -> Array:
-    """Pad a batch and split it over the mesh."""
-    return sharding.put_batch({"rows": pad_rows(array, rows)}, mesh)["rows"]

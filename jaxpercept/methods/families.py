@@ -11,6 +11,7 @@
     LotusDPipeline, DirectRegres... 4 + task       lotus_d         to be named
     StableDiffusionPipeline         8 channels     e2e_ft          to be named
     StableDiffusionPipeline         4 channels     to be named: it may be a text-to-image model
+    StableDiffusionInstructPix2...  8 channels     instruct_pix2pix  to be named
     none                            4 channels     genpercept      to be named
 
 A folder that is itself a UNet (config.json and weights, as GenPercept publishes them) takes
@@ -30,6 +31,7 @@ from jaxpercept.tasks import TASKS
 
 # The published models' own; theirs is the long side of a square.
 _RESOLUTION = 768
+_RESOLUTIONS = {"instruct_pix2pix": 512}
 _BY_CLASS = {
     "MarigoldPipeline": "marigold",
     "MarigoldDepthPipeline": "marigold",
@@ -39,6 +41,7 @@ _BY_CLASS = {
     "LotusGPipeline": "lotus_g",
     "LotusDPipeline": "lotus_d",
     "DirectRegressionPipeline": "lotus_d",
+    "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix",
 }
 _TEXT_TO_IMAGE = "StableDiffusionPipeline"
 
@@ -111,7 +114,7 @@ def recognise(
         recipe["num_steps"] = model_index.get("default_denoising_steps") or default
     if head != "vae":
         recipe["head"] = head
-    side = model_index.get("default_processing_resolution") or _RESOLUTION
+    side = model_index.get("default_processing_resolution") or _RESOLUTIONS.get(found, _RESOLUTION)
     return Recognised(recipe, task, _task_options(task, model_index), (side, side))
 
 

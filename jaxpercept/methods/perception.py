@@ -75,6 +75,7 @@ class Perception:
         text: Text | None = None,
         mixture: Mixture | None = None,
         num_steps: int | None = None,
+        first: int = 0,
         key: Key[Array, ""] | None = None,
         index: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b h w d"], Float[Array, "b i j k"]]:
@@ -83,10 +84,12 @@ class Perception:
         Args:
             params: all components, merged.
             image: the images' latents, from `encode`.
-            noise: standard normal, where x starts as noise.
+            noise: standard normal, where x starts as noise; from a later step on, what `advance`
+                gave.
             text: from `embed`, for models that read one; others read the prompt of `params`.
             mixture: how conditions are mixed; None: by the recipe's guidance.
             num_steps: instead of the recipe's.
+            first: the first step to take.
             key, index: for solvers that draw noise between their steps, see `steps.sample`.
 
         Returns:
@@ -97,11 +100,29 @@ class Perception:
             timesteps = jnp.full((image.shape[0],), self.recipe.timesteps[0], jnp.int32)
             return self.dense(params, image, timesteps, text), image
         network = self.network(params, image, text, mixture)
-        last, x0 = sample(
-            self.steps(num_steps), network, self.start(image, noise), key=key, index=index
-        )
+        x = noise if first else self.start(image, noise)
+        steps = self.steps(num_steps).between(first)
+        last, x0 = sample(steps, network, x, key=key, index=index)
         latent = x0 if self.recipe.output == "x0" else last
         return self.decode(params, latent), latent
+
+    def advance(
+        self,
+        params: Params,
+        image: Float[Array, "b i j c"],
+        noise: Float[Array, "b i j k"] | None = None,
+        *,
+        until: int,
+        text: Text | None = None,
+        mixture: Mixture | None = None,
+        num_steps: int | None = None,
+        key: Key[Array, ""] | None = None,
+        index: Int[Array, " b"] | None = None,
+    ) -> Float[Array, "b i j k"]:
+        """What x is before step `until`, from where `predict` goes on; arguments as there."""
+        network = self.network(params, image, text, mixture)
+        steps = self.steps(num_steps).between(0, until)
+        return sample(steps, network, self.start(image, noise), key=key, index=index)[0]
 
     def steps(self, num_steps: int | None = None) -> Steps:
         """What sampling does; None: in the recipe's number of steps."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxpercept.checkpoints.load import latest_step
 from jaxpercept.checkpoints.tokenizer import Tokenize
 from jaxpercept.diffusion.guidance import Guidance
 from jaxpercept.errors import UserError
+from jaxpercept.inference import modes
 from jaxpercept.inference.answer import PerceptionOutput, targets_apart
 from jaxpercept.inference.batches import local_mesh, plan_batches, put_rows
 from jaxpercept.inference.images import to_batch
@@ -38,13 +38,9 @@ from jaxpercept.inference.predictor import (
     processing_size,
     resolve_resolution,
 )
-from jaxpercept.inference.sequence import SharedScale, next_latents
-from jaxpercept.inference.tiles import cut_tiles, merge_tiles, plan_tiles
+from jaxpercept.inference.texts import Texts, token_ids
 from jaxpercept.inference.weights import place_weights
 from jaxpercept.training import sharding
-
-# Merging tiles by a task's `merge`.
-_TILES = {"affine": "affine", "normals": "unit", "average": "none"}
 
 
 class PerceptionPipeline:
@@ -166,15 +162,16 @@ class PerceptionPipeline:
         match_input_resolution: bool = True,
         latents: Any = None,
         seed: int = 0,
-        prompt: str | Sequence[str] = "",
+        prompt: Texts = "",
         *,
-        unwanted: str | Sequence[str] = "",
+        unwanted: Texts = "",
         guidance: Guidance | None = None,
         batch_size: int | None = None,
         flip: bool = False,
         resample_method_input: str = "bilinear",
         resample_method_output: str = "bilinear",
         ensembling: Mapping[str, Any] | None = None,
+        first_step: int = 0,
     ) -> PerceptionOutput:
         """Predict for one image, or for several of one size.
 
@@ -204,6 +201,7 @@ class PerceptionPipeline:
             resample_method_input, resample_method_output: "bilinear", "bicubic", "nearest",
                 "nearest-exact" or "area".
             ensembling: arguments of the ensembling function, see `inference.ensemble`.
+            first_step: the step to go on from, with the latents that `advance` gave.
 
         Raises:
             UserError: an image or an option that does not fit the model.
@@ -237,6 +235,7 @@ class PerceptionPipeline:
             options=options,
             resolution=resolution,
             match_input=match_input_resolution,
+            first_step=first_step,
         )
         prediction, uncertainty, latent = (
             None if parts[0] is None else np.concatenate(parts).astype(np.float32)
@@ -267,6 +266,40 @@ class PerceptionPipeline:
             legend=legend(self.perception.task),
         )
 
+    def advance(
+        self,
+        image: Any,
+        prompt: str,
+        until: int,
+        *,
+        num_inference_steps: int | None = None,
+        processing_resolution: int | None = None,
+        seed: int = 0,
+        guidance: Guidance | None = None,
+    ) -> Float[np.ndarray, "n i j k"]:
+        """The latents before step `until`, from where a call with `first_step=until` goes on.
+
+        A prediction that was corrected then costs a part of the steps. Arguments as for a call, for
+        one image.
+        """
+        options = Options(num_steps=num_inference_steps, seed=seed, guidance=guidance)
+        check_options(self.perception, options)
+        images = to_batch(image)
+        params, texts = self._texts(prompt, "", len(images))
+        factor = self.perception.model.downscale
+        rows = sharding.batch_devices(self.mesh)
+        x = self._predictor.advance(
+            params,
+            put_rows(images, rows, self.mesh),
+            resolution=resolve_resolution(
+                processing_resolution, self.description.resolution, factor
+            ),
+            until=until,
+            options=options,
+            **{name: put_rows(ids, rows, self.mesh) for name, ids in texts.items()},
+        )
+        return np.asarray(x)[: len(images)]
+
     def network_size(
         self, size: tuple[int, int], processing_resolution: int | None = None
     ) -> tuple[int, int]:
@@ -278,106 +311,8 @@ class PerceptionPipeline:
         resolution = resolve_resolution(processing_resolution, self.description.resolution, factor)
         return self._predictor.network_size(size, resolution)
 
-    def tiled(
-        self,
-        image: Any,
-        tile: int,
-        overlap: int | None = None,
-        *,
-        seed: int = 0,
-        **options: Any,
-    ) -> PerceptionOutput:
-        """Predict for one image in overlapping tiles, for images beyond memory or training size.
-
-        Tiles and, once more, the whole image are predicted at the processing resolution and merged
-        without seams (`inference.tiles`): depth and disparity, whose scale and shift differ from
-        tile to tile, are fitted to each other and to the coarse prediction of the whole. A pixel's
-        class is that of the tile it lies deepest in.
-
-        Args:
-            image: as for a call, one.
-            tile: side in pixels of the image. A network sees what it was trained for where tiles
-                have about its processing resolution, or a small multiple of it.
-            overlap: least overlap of neighbours in pixels; None: a quarter of a tile.
-            seed, options: as for a call, but for `latents`.
-
-        Raises:
-            UserError: several images, or tiles or options that do not fit.
-        """
-        images = to_batch(image)
-        if len(images) != 1 or options.get("latents") is not None:
-            raise UserError("tiles are cut of one image at a time, and take no latents.")
-        size = images.shape[1:3]
-        places = plan_tiles(size, (tile, tile), tile // 4 if overlap is None else overlap)
-        whole = self(images, seed=seed, **options)
-        if len(places) == 1:
-            return whole
-        parts = self(cut_tiles(images[0], places, (tile, tile)), seed=seed, **options)
-        task, targets = self.perception.task, self.perception.targets
-        alignment = "nearest" if KINDS[task.kind].categories else _TILES[task.merge]
-        merged = [
-            merge_tiles(
-                parts.prediction[target::targets],
-                places,
-                size,
-                alignment=alignment,
-                anchor=whole.prediction[target] if task.merge == "affine" else None,
-            )
-            for target in range(targets)
-        ]
-        return dataclasses.replace(parts, prediction=np.stack(merged), uncertainty=None)
-
-    def sequence(
-        self,
-        frames: Iterable[Any],
-        *,
-        strength: float = 0.1,
-        processing_resolution: int | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> Iterator[PerceptionOutput]:
-        """Predict for the frames of a video, with less flicker.
-
-        All frames start from the same noise, warmed by the last frame's latent; depth and disparity
-        are brought to one scale (`inference.sequence`), on which values may leave [0, 1]: divide by
-        the range of the whole sequence (`sequence.normalise`) where that matters.
-
-        Args:
-            frames: images of one size, in order.
-            strength: share of the last frame's latent in the next frame's noise, 0 for none.
-            processing_resolution, seed, options: as for a call, but for `latents`.
-
-        Raises:
-            UserError: a frame or an option does not fit.
-        """
-        scale = SharedScale() if self.perception.task.merge == "affine" else None
-        noise, previous = None, None
-        for frame in frames:
-            latents = None
-            if self.perception.recipe.draws_noise:
-                if noise is None:
-                    noise = self._fixed_noise(frame, processing_resolution, seed, options)
-                latents = next_latents(noise, previous, strength)
-            out = self(
-                frame,
-                processing_resolution=processing_resolution,
-                latents=latents,
-                seed=seed,
-                **options,
-            )
-            previous = out.latent
-            if scale is not None:
-                out = dataclasses.replace(out, prediction=scale(out.prediction[0])[None])
-            yield out
-
-    def _fixed_noise(
-        self, frame: Any, resolution: int | None, seed: int, options: Mapping[str, Any]
-    ) -> Float[np.ndarray, "m i j k"]:
-        factor = self.perception.model.downscale
-        resolution = resolve_resolution(resolution, self.description.resolution, factor)
-        size = processing_size(to_batch(frame).shape[1:3], resolution)
-        shape = self._latent_shape(options.get("ensemble_size", 1), size)
-        return np.random.default_rng(seed).standard_normal(shape, np.float32)
+    tiled = modes.tiled
+    sequence = modes.sequence
 
     def _latent_shape(self, rows: int, size: tuple[int, int]) -> tuple[int, ...]:
         multiple, factor = self._predictor.multiple, self.perception.model.downscale
@@ -394,7 +329,7 @@ class PerceptionPipeline:
         texts: Mapping[str, np.ndarray],
         *,
         options: Options,
-        **sizes: Any,
+        **given: Any,
     ) -> list[Prediction]:
         """Predictions of each batch, on the host."""
         devices = sharding.batch_devices(self.mesh)
@@ -416,7 +351,7 @@ class PerceptionPipeline:
                 count=len(items),
                 rows=rows if members > 1 else padded,
                 **{name: put_rows(ids[items], padded, self.mesh) for name, ids in texts.items()},
-                **sizes,
+                **given,
             )
             answer = jax.tree.map(np.asarray, prediction)
             wanted = Prediction(
@@ -428,7 +363,7 @@ class PerceptionPipeline:
         return predictions
 
     def _texts(
-        self, prompt: str | Sequence[str], unwanted: str | Sequence[str], count: int
+        self, prompt: Texts, unwanted: Texts, count: int
     ) -> tuple[Params, dict[str, np.ndarray]]:
         """The weights with the prompt, and the token ids of each image's texts."""
         if not self.perception.task.reads_text:
@@ -441,21 +376,8 @@ class PerceptionPipeline:
             if self._encode is None:
                 raise no_text(self.checkpoint)
             return {**self.params, "prompt": self._encode(prompt)}, {}
-        if not prompt:
-            raise UserError(
-                f"this model looks for what a text names ({self.perception.task.name}): give a "
-                "prompt, such as 'the chair on the left'."
-            )
-        if self._tokenize is None:
-            raise UserError("texts need a tokenizer: open the model with from_pretrained.")
-        given = {"input_ids": prompt} | ({"unwanted_ids": unwanted} if unwanted else {})
-        ids = {}
-        for name, texts in given.items():
-            texts = [texts] * count if isinstance(texts, str) else list(texts)
-            if len(texts) != count:
-                raise UserError(f"{len(texts)} texts were given for {count} images: give as many.")
-            ids[name] = self._tokenize(texts)
-        return self.params, ids
+        task = self.perception.task.name
+        return self.params, token_ids(task, self._tokenize, prompt, unwanted, count)
 
     def _noise(
         self, latents: Any, rows: int, size: tuple[int, int]

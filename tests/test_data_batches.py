@@ -28,6 +28,7 @@ SHAPES = {
     "classes": ((*RESOLUTION, 1), np.int32),
     "keypoints": ((17, 3), np.float32),
     "box": ((4,), np.float32),
+    "referred": ((*RESOLUTION, 1), np.float32),
     "index": ((), np.int32),
 }
 
@@ -60,6 +61,7 @@ def take(dataset, count=1):
         ("objects", ("rgb", "alpha", "valid")),
         ("people", ("rgb", "keypoints", "box")),
         ("scenes", ("rgb", "valid", "index")),
+        ("referring", ("rgb", "referred", "valid")),
     ],
 )
 def test_batches_hold_what_was_asked_for(dataset, fields):

@@ -14,11 +14,12 @@ from jaxtyping import Bool
 
 from jaxpercept.data.crops import CROPS, EVAL_CROPS
 from jaxpercept.data.listings import Request
-from jaxpercept.data.readers import VOID
+from jaxpercept.data.readers import VOID, EmptyMaskError
+from jaxpercept.data.referring import refer
 from jaxpercept.data.row import TARGETS, Dataset
 from jaxpercept.data.rows import DATASETS
 from jaxpercept.data.rows.own import TEST_SCENES, TRAIN_SCENES
-from jaxpercept.data.sources import FileSource
+from jaxpercept.data.sources import FileSource, place_of
 from jaxpercept.data.transforms import crop
 from jaxpercept.errors import UserError
 
@@ -40,10 +41,6 @@ Record = dict[str, Any]
 _log = logging.getLogger(__name__)
 
 
-class EmptyMaskError(UserError):
-    """A record without a single valid pixel; training skips it, evaluation refuses it."""
-
-
 class Records:
     """Random-access records of one dataset split, opened for some targets.
 
@@ -57,11 +54,17 @@ class Records:
     - `classes` int32 [h, w, 1], numbers into the row's `class_names`, 255 where void, i.e. invalid;
     - `keypoints` float32 [k, 3] of one person, (x, y, visibility): pixels of this picture with the
       middle of the first at 0.5; 0 absent (then x = y = 0), 1 occluded, 2 visible; with it `box`
-      float32 [4] (left, top, right, bottom) and `flip_pairs` (see the row).
+      float32 [4] (left, top, right, bottom) and `flip_pairs` (see the row);
+    - `referred` float32 [h, w, 1], 1 on what the phrase `caption` names and 0 elsewhere, invalid
+      where the dataset does not know; with it `distractors`, a list of phrases that name other
+      things of the picture, those of the same kind first.
     Where they exist also: `caption` str, `instance` int32 [h, w, 1], `phrases` (pairs of text and
-    instance), `intrinsics` (fx, fy, cx, cy) in pixels; with depth `unmasked_depth`, metres as the
-    file has them. Rendered scenes have everything they know, asked for or not. Sizes are those of
-    the file, after the dataset's crop.
+    instance), `kinds` (of the instances from 1 on), `intrinsics` (fx, fy, cx, cy) in pixels; with
+    depth `unmasked_depth`, metres as the file has them. Rendered scenes have everything they know,
+    asked for or not. Sizes are those of the file, after the dataset's crop.
+
+    Which phrase a record is about depends on its name alone. In evaluation that is the end of it;
+    for training `phrases` stay, and `transforms.prepare` draws one of them anew every time.
 
     Attributes:
       dataset: the row, with the options it was opened with.
@@ -70,7 +73,7 @@ class Records:
 
     Raises (on indexing):
       UnreadableFileError: the file is damaged.
-      EmptyMaskError: no pixel of the record is valid.
+      EmptyMaskError: no pixel of the record is valid, or no phrase names anything in it.
     """
 
     def __init__(
@@ -104,6 +107,12 @@ class Records:
             masks["normals"] = record["normals"].any(axis=-1, keepdims=True)
         if "classes" in record:
             masks["classes"] = record["classes"] != VOID
+        if "referred" in self.targets:
+            record = refer(record, place_of(record["name"]))
+            if self.evaluation:
+                del record["phrases"]
+            if "mask" in record:
+                masks["referred"] = record.pop("mask")
         if "keypoints" in record and row.flip_pairs:
             record.setdefault("flip_pairs", row.flip_pairs)
         if row.depth_masks_normals and "depth" not in self.targets:
@@ -164,7 +173,7 @@ def _make_metric(record: Record, row: Dataset) -> Bool[np.ndarray, "h w 1"]:
 # What a config or a command line may change about a row.
 _OVERRIDES = ("depth_scale", "min_depth", "max_depth", "crop", "eval_crop")
 # What a source factory takes that is not an option.
-_FIXED_BY_ROW = {"request", "layouts", "lists", "subject"}
+_FIXED_BY_ROW = {"request", "layouts", "lists", "subject", "alike"}
 
 
 def open_dataset(
@@ -227,6 +236,7 @@ def open_dataset(
         targets=targets,
         wished=("depth",) if masked else (),
         layout=row.layout,
+        evaluation=evaluation,
     )
     source = row.open_source(request, **options)
     if held_out:
@@ -262,7 +272,7 @@ def _one_side(source: Any, name: str, held_out: float, evaluation: bool) -> File
         raise UserError(f"held_out of dataset {name} is a share from 0 to below 1, not {held_out}.")
     if not isinstance(source, FileSource):
         raise UserError(f"Dataset {name} has splits of its own; leave held_out away.")
-    side = source.subset(lambda image: (_place(image) < held_out) == evaluation)
+    side = source.subset(lambda image: (place_of(image) < held_out) == evaluation)
     if not len(side):
         kind = "evaluation" if evaluation else "training"
         raise UserError(
@@ -270,11 +280,6 @@ def _one_side(source: Any, name: str, held_out: float, evaluation: bool) -> File
             f"{kind}; change the share or add images."
         )
     return side
-
-
-def _place(name: str) -> float:
-    """A place in [0, 1), always the same for a name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
 
 
 def _checked_targets(row: Dataset, targets: Collection[str] | None) -> tuple[str, ...]:
@@ -305,7 +310,7 @@ def _check_length(row: Dataset, source: Any, split: str) -> None:
             f"--max_depth={row.max_depth:g}."
         )
     _log.warning(
-        "The split %s of %s has %d images here and %d as published: do not compare results with "
+        "The split %s of %s has %d examples here and %d as published: do not compare results with "
         "published ones.",
         split, row.name, count, expected,
     )  # fmt: skip

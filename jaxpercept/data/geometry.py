@@ -17,10 +17,16 @@ Record = dict[str, Any]
 # Entries of a record that are images, i.e. follow the geometry.
 RASTERS = (
     "rgb", "depth", "unmasked_depth", "valid", "mask", "normals", "alpha", "trimap", "instance",
-    "classes",
+    "classes", "referred",
 )  # fmt: skip
 
-_SWAP_SIDES = {"left": "right", "right": "left"}
+_SIDES = ("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")
+_OTHER_SIDE = {a: b for one, two in _SIDES for a, b in ((one, two), (two, one))}
+# With what people write together with them: leftmost, left-hand, righthand, topleft, farright ...
+_SIDE = re.compile(
+    rf"\b((?i:top|bottom|upper|lower|far)?)({'|'.join(_OTHER_SIDE)})"
+    r"((?i:most|hand|handed|side|wards?)?)\b"
+)
 
 
 def flip_horizontal(record: Record) -> Record:
@@ -28,7 +34,7 @@ def flip_horizontal(record: Record) -> Record:
 
     The x component of `normals` changes sign, `keypoints`, `box` and the principal point in
     `intrinsics` move, keypoints of left and right (the index pairs in `flip_pairs`) change places,
-    and the words left and right are exchanged in `caption` and `phrases`.
+    and the words left and right are exchanged in `caption`, `phrases` and `distractors`.
     """
     width = np.float32(record["rgb"].shape[1])
     flipped = _map_rasters(record, lambda _, x: x[:, ::-1])
@@ -45,14 +51,23 @@ def flip_horizontal(record: Record) -> Record:
         fx, fy, cx, cy = record["intrinsics"]
         flipped["intrinsics"] = np.array([fx, fy, width - cx, cy], np.float32)
     if "caption" in record:
-        flipped["caption"] = _mirrored(record["caption"])
+        flipped["caption"] = mirrored(record["caption"])
     if "phrases" in record:
-        flipped["phrases"] = [(_mirrored(phrase), target) for phrase, target in record["phrases"]]
+        flipped["phrases"] = [(mirrored(phrase), target) for phrase, target in record["phrases"]]
+    if "distractors" in record:
+        flipped["distractors"] = [mirrored(phrase) for phrase in record["distractors"]]
     return flipped
 
 
-def _mirrored(text: str) -> str:
-    return re.sub(r"\b(left|right)\b", lambda match: _SWAP_SIDES[match[0]], text)
+def mirrored(text: str) -> str:
+    """The text of a picture for its mirror image: left and right change places.
+
+    So do the words made of them (leftmost, right-hand, "to the left of", topleft), in lower case,
+    upper case and with a capital; others that contain them (leftover, bright, upright) stay. Done
+    twice, it gives the text back. It knows nothing of grammar: "right behind" becomes "left
+    behind".
+    """
+    return _SIDE.sub(lambda found: found[1] + _OTHER_SIDE[found[2]] + found[3], text)
 
 
 def crop(record: Record, top: int, left: int, height: int, width: int) -> Record:

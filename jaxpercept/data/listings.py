@@ -40,6 +40,7 @@ class Request(NamedTuple):
       targets: which files are read beside the image.
       wished: further fields, read where they are at hand.
       layout: in words, what the folder must hold.
+      evaluation: whether every example is to be evaluated once, rather than trained on.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Request(NamedTuple):
     targets: tuple[str, ...]
     wished: tuple[str, ...] = ()
     layout: str = ""
+    evaluation: bool = False
 
 
 class Files:
@@ -330,10 +332,7 @@ def open_layouts(
             x for x in usable if split in x.splits and x.is_there(files, split, request.targets)
         ]
     if not usable:
-        raise NoLayoutError(
-            f"{files.root} holds no split {split!r} of {request.name} with "
-            f"{', '.join(request.targets) or 'images'}; expected {request.layout}."
-        )
+        raise no_layout(request)
     layout = usable[0]
     fields = [*request.targets, *_extras(layout, files, request)]
     columns = layout.columns(files, split, fields)
@@ -377,6 +376,14 @@ def _extras(layout: Layout, files: Files, request: Request) -> list[str]:
     if isinstance(layout, Tree):
         companions = [f for f in companions if layout.has(files, request.split, f)]
     return [*wished, *companions]
+
+
+def no_layout(request: Request) -> NoLayoutError:
+    """What to raise where the folder of a request does not hold it."""
+    return NoLayoutError(
+        f"{request.data_dir} holds no split {request.split!r} of {request.name} with "
+        f"{', '.join(request.targets) or 'images'}; expected {request.layout}."
+    )
 
 
 # ---- helpers -------------------------------------------------------------------------------------

@@ -70,9 +70,10 @@ def make_train_dataset(
         `depth` float32 [b, H, W, 1] in metres, `depth_range` float32 [b, 2], `disparity_range`
         float32 [b, 4] (see `transforms`), `normals` float32 [b, H, W, 3], `alpha` float32
         [b, H, W, 1], `classes` int32 [b, H, W, 1], `keypoints` float32 [b, k, 3], `box` float32
-        [b, 4], `valid` bool [b, H, W, 1] (where all of these targets are), `index` int32 [b]
-        (position in the global stream), `input_ids` int32 [b, l]. The targets mean what they mean
-        in a record (`datasets.Records`); the datasets are opened for exactly those.
+        [b, 4], `referred` float32 [b, H, W, 1] (0 or 1), `valid` bool [b, H, W, 1] (where all of
+        these targets are), `index` int32 [b] (position in the global stream), `input_ids` int32
+        [b, l], of the caption, which beside `referred` is the phrase. The targets mean what they
+        mean in a record (`datasets.Records`); the datasets are opened for exactly those.
       tokenize: captions -> int32 [n, l]; picklable; runs in the workers.
       process_index, process_count: the share of this process.
       num_workers: processes that decode; 0 decodes in a thread of this process.
@@ -228,6 +229,7 @@ _NEEDS = {
     "classes": "classes",
     "keypoints": "keypoints",
     "box": "keypoints",
+    "referred": "referred",
     "input_ids": "caption",
 }
 

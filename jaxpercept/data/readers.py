@@ -24,6 +24,10 @@ class UnreadableFileError(UserError):
     """A record that exists but cannot be decoded; training skips it, evaluation refuses it."""
 
 
+class EmptyMaskError(UserError):
+    """A record without a single valid pixel; training skips it, evaluation refuses it."""
+
+
 def read_rgb(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an image file to 8-bit RGB, upright.
 
@@ -74,7 +78,12 @@ def read_mask(path: str | Path) -> Bool[np.ndarray, "h w 1"]:
     data = _read_bytes(path)
     if Path(path).suffix.lower() == ".npy":
         return _guard(lambda: _as_map(_decode_npy(data), np.float32) > 0, str(path))
-    return _guard(lambda: _as_map(np.array(_open_image(data)), np.float32) > 0, str(path))
+    return decode_mask(data, name=str(path))
+
+
+def decode_mask(data: bytes, *, name: str) -> Bool[np.ndarray, "h w 1"]:
+    """`read_mask` for an image that is already in memory; `name` is what an error calls it."""
+    return _guard(lambda: _as_map(np.array(_open_image(data)), np.float32) > 0, name)
 
 
 class RawFloat32Reader:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpercept.data.palettes import PALETTES, Colour
 
-TARGETS = ("depth", "normals", "alpha", "classes", "keypoints")
+TARGETS = ("depth", "normals", "alpha", "classes", "keypoints", "referred")
 """What a record may be opened for."""
 
 

@@ -3,12 +3,14 @@
 A source is anything with `__len__` and `__getitem__(index) -> dict` that can be pickled to a worker
 process. The dict holds `name` (str), `rgb` uint8 [h, w, 3] and what else there is: `depth` float32
 [h, w, 1] in the units of the file, `mask` bool [h, w, 1] (where the depth is valid), `normals`,
-`alpha`, `trimap`, `classes`, `keypoints`, `box` and `caption` as in a record (`datasets.Records`).
+`alpha`, `trimap`, `classes`, `keypoints`, `box`, `caption`, `instance`, `phrases` and `kinds` as in
+a record (`datasets.Records`).
 What a depth means (units, valid range, crop) is the business of `datasets.py`; where the files of a
 dataset lie, that of `listings.py`. Paths are checked when a source is built, so that a wrong one is
 reported before anything is compiled.
 """
 
+import hashlib
 import json
 import os
 import zipfile
@@ -185,14 +187,64 @@ class SceneExamples:
         return scene
 
 
-class TFDSSource:
-    """A prepared TensorFlow Datasets dataset, read without TensorFlow.
+class TFDSRows:
+    """The rows of a prepared TensorFlow Datasets dataset, read without TensorFlow.
+
+    They are opened when first read, so that they can be pickled.
 
     Args:
-      builder: TFDS name, e.g. "nyu_depth_v2"; it must be prepared in a random-access format
-        (`tfds build --file_format=array_record`).
+      builder: TFDS name, with a configuration where it has some ("ref_coco/refcoco_unc"); it must
+        be prepared in a random-access format (`tfds build --file_format=array_record`).
       split: TFDS split, slices allowed ("train[:90%]").
       data_dir: TFDS folder; None for the default one.
+      raw: whether a row is the serialized example, not its decoded features.
+
+    Raises:
+      UserError: the dataset is unknown or not prepared.
+    """
+
+    def __init__(
+        self, builder: str, split: str, data_dir: str | Path | None = None, *, raw: bool = False
+    ):
+        self.builder, self.split, self.data_dir, self.raw = builder, split, data_dir, raw
+        self._source: Any = None
+        try:
+            self._length = len(self._open())
+        except Exception as error:
+            raise UserError(
+                f"TFDS dataset {builder!r} (split {split!r}, folder {data_dir}) cannot be opened; "
+                f"prepare it with `tfds build {builder} --file_format=array_record`."
+            ) from error
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self._open()[index]
+
+    def _open(self) -> Any:
+        if self._source is None:
+            import tensorflow_datasets as tfds
+
+            raw = {"deserialize_method": tfds.decode.DeserializeMethod.RAW_BYTES}
+            self._source = tfds.data_source(
+                self.builder,
+                split=self.split,
+                data_dir=self.data_dir,
+                download=False,
+                **(raw if self.raw else {}),
+            )
+        return self._source
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_source": None}
+
+
+class TFDSSource:
+    """Images and depth of a prepared TensorFlow Datasets dataset, read without TensorFlow.
+
+    Args:
+      builder, split, data_dir: as of `TFDSRows`.
       rgb, depth: the feature names of the image and of the depth map (None: no depth).
 
     Raises:
@@ -207,24 +259,16 @@ class TFDSSource:
         rgb: str = "image",
         depth: str | None = "depth",
     ):
-        self.builder, self.split, self.data_dir = builder, split, data_dir
+        self.rows = TFDSRows(builder, split, data_dir)
         self.rgb, self.depth = rgb, depth
-        self._source: Any = None
-        try:
-            self._length = len(self._open())
-        except Exception as error:
-            raise UserError(
-                f"TFDS dataset {builder!r} (split {split!r}, folder {data_dir}) cannot be opened; "
-                f"prepare it with `tfds build {builder} --file_format=array_record`."
-            ) from error
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        name = f"{self.builder}/{self.split}/{index}"
+        name = f"{self.rows.builder}/{self.rows.split}/{index}"
         try:
-            features = self._open()[index]
+            features = self.rows[index]
             rgb = np.asarray(features[self.rgb], np.uint8)
             height, width, _ = rgb.shape
             example = {"name": name, "rgb": np.broadcast_to(rgb[..., :3], (height, width, 3))}
@@ -235,20 +279,13 @@ class TFDSSource:
             raise UnreadableFileError(f"Cannot read {name}: {error}; prepare it again.") from error
         return example
 
-    def _open(self) -> Any:
-        if self._source is None:
-            import tensorflow_datasets as tfds
-
-            self._source = tfds.data_source(
-                self.builder, split=self.split, data_dir=self.data_dir, download=False
-            )
-        return self._source
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_source": None}
-
     def __repr__(self) -> str:
-        return f"TFDSSource({self.builder}, {self.split}, {len(self)} examples)"
+        return f"TFDSSource({self.rows.builder}, {self.rows.split}, {len(self)} examples)"
+
+
+def place_of(name: str) -> float:
+    """A place in [0, 1), always the same for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
 
 
 def existing_folder(folder: str | Path) -> Path:

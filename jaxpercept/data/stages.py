@@ -13,8 +13,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Integer
 
-from jaxpercept.data.datasets import TARGETS, EmptyMaskError, Record, Records
-from jaxpercept.data.readers import UnreadableFileError
+from jaxpercept.data.datasets import TARGETS, Record, Records
+from jaxpercept.data.readers import EmptyMaskError, UnreadableFileError
 from jaxpercept.data.transforms import Augment, prepare
 from jaxpercept.errors import UserError
 
@@ -30,6 +30,8 @@ _BUFFER = 2
 # augmented for nothing.
 _ALWAYS = frozenset({"name", "rgb", "valid", "unmasked_depth", "box", "flip_pairs"})
 _HAZE = frozenset({"depth"})
+# Of what one phrase is drawn.
+_PHRASES = frozenset({"phrases", "instance", "kinds", "caption"})
 
 # "Endless". Grain computes lengths in float64, which is exact up to 2**53 only.
 _STREAM_LENGTH = 2**48
@@ -95,12 +97,18 @@ class LoadExample:
         # Grain's random_map would use), so that the number of processes does not matter.
         rng = np.random.default_rng([self.seed, position])
         kept = _ALWAYS | self.needs | (_HAZE if self.augment.haze else frozenset())
+        if "referred" in self.needs:
+            kept |= _PHRASES
         record = {key: value for key, value in record.items() if key in kept}
         example = prepare(record, rng, self.augment, self.resolution)
         if self.needs & set(TARGETS) and not example["valid"].any():
             raise EmptyMaskError(f"No valid pixel of {record['name']} is left after cropping.")
         if "keypoints" in self.needs and not example["keypoints"][:, 2].any():
             raise EmptyMaskError(f"No keypoint of {record['name']} is left after cropping.")
+        if "referred" in self.needs and not example["referred"].any():
+            raise EmptyMaskError(
+                f"{example['caption']!r} in {record['name']} is too small for {self.resolution}."
+            )
         return example
 
 

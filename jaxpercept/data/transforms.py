@@ -2,9 +2,9 @@
 
 Geometry (`geometry.py`) is shared by the image and all targets; photometric changes (`colour.py`)
 touch the image only. The order of `prepare` is: flip, rotation, crop (at native resolution) ->
-quantiles of the depth that remains -> resize -> photometric -> haze. The quantiles are therefore
-those that the papers normalise with (native resolution, after geometry), and the colour work, which
-is costly, is done on few pixels.
+choice of a phrase of what remains, quantiles of the depth that remains -> resize -> photometric ->
+haze. The quantiles are therefore those that the papers normalise with (native resolution, after
+geometry), and the colour work, which is costly, is done on few pixels.
 """
 
 import math
@@ -20,11 +20,13 @@ from jaxpercept.data.geometry import (
     RASTERS,
     crop,
     flip_horizontal,
+    mirrored,
     resize,
     resize_nearest,
     resize_rgb,
     rotate,
 )
+from jaxpercept.data.referring import refer
 
 __all__ = [
     "FOG",
@@ -36,6 +38,7 @@ __all__ = [
     "disparity_range",
     "flip_horizontal",
     "haze",
+    "mirrored",
     "photometric",
     "prepare",
     "random_window",
@@ -58,19 +61,27 @@ def prepare(
 
     Returns the record with all rasters at `resolution` and positions in its pixels. Where it has
     depth, it also has `depth_range` and `disparity_range` (see the functions of these names).
-    `valid` may have become empty; the caller decides what to do then. `source` uint8 [h, w, 3] is
-    the image before haze, the image itself where there is none.
+    `valid` and `referred` may have become empty; the caller decides what to do then. A record with
+    `referred` that still has its `phrases` comes out about any one of those that name something in
+    the crop. `source` uint8 [h, w, 3] is the image before haze, the image itself where there is
+    none.
+
+    Raises:
+      EmptyMaskError: no phrase of such a record names anything in the crop.
     """
     height, width = resolution
     # Every number is drawn whether it is used or not, so that changing one strength leaves the
     # other augmentations of the same example as they were.
-    geometry, photometry, weather, truth = rng.spawn(4)
+    geometry, photometry, weather, truth, words = rng.spawn(5)
     if geometry.random() < augment.flip:
         record = flip_horizontal(record)
     angle = geometry.uniform(-augment.rotation, augment.rotation)
     if angle:
         record = rotate(record, angle)
     record = crop(record, *random_window(record["rgb"].shape[:2], geometry, augment, resolution))
+    if "referred" in record and "phrases" in record:
+        record = refer(record, words.random())
+        record = {k: v for k, v in record.items() if k not in ("phrases", "instance")}
     if "depth" in record:
         record = dict(record)
         record |= _ranges(record, record.pop("unmasked_depth", record["depth"]))

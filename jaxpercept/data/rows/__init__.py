@@ -7,10 +7,10 @@ whole table.
 """
 
 from jaxpercept.data.row import Dataset
-from jaxpercept.data.rows import geometry, own, semantics
+from jaxpercept.data.rows import geometry, own, referring, semantics
 
 __all__ = ["DATASETS"]
 
 DATASETS: dict[str, Dataset] = {
-    row.name: row for row in (*own.ROWS, *geometry.ROWS, *semantics.ROWS)
+    row.name: row for row in (*own.ROWS, *geometry.ROWS, *semantics.ROWS, *referring.ROWS)
 }

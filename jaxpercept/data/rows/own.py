@@ -12,20 +12,24 @@ from jaxpercept.data.rows.build import files
 from jaxpercept.data.sources import ImageZipSource, SceneExamples, TFDSSource
 from jaxpercept.errors import UserError
 
-# Scene indices of the two splits never meet; both stay below 2**31.
+# Scene indices of the two splits never meet, nor do those of the scenes that replace others where
+# phrases are wanted; all stay below 2**31.
 TRAIN_SCENES = range(0, 2**24)
 TEST_SCENES = range(2**30, 2**30 + 1000)
 
 
 def _scenes(request: Request, *, size: int | None = None, scene_seed: int = 0,
-            furnished: bool = False, subject: str = "") -> SceneExamples:  # fmt: skip
+            furnished: bool = False, subject: str = "",
+            alike: bool = False) -> SceneExamples:  # fmt: skip
     from jaxpercept.data.scenes import SceneSource  # only who renders scenes pays for the import
 
     indices = TRAIN_SCENES if request.split == "train" else TEST_SCENES
     height, width = request.resolution
     size = len(indices) if size is None else min(size, len(indices))
-    options = {"height": height, "width": width, "furnished": furnished, "subject": subject}
-    return SceneExamples(SceneSource(scene_seed, size, indices.start, **options))
+    contents = {"furnished": furnished, "subject": subject, "alike": alike}
+    options = {"height": height, "width": width, **contents}
+    lap = len(indices) if "referred" in request.targets else 0
+    return SceneExamples(SceneSource(scene_seed, size, indices.start, lap=lap, **options))
 
 
 def _image_zip(request: Request) -> ImageZipSource:
@@ -52,8 +56,19 @@ _RENDERED = frozenset({"depth", "normals", "classes", "caption"})
 _OWN = {"depth_scale": None, "licence": "yours"}
 
 ROWS = (
-    Dataset("scenes", _scenes, provides=_RENDERED, **_SCENES),
-    Dataset("furnished", functools.partial(_scenes, furnished=True), provides=_RENDERED, **_SCENES),
+    Dataset("scenes", _scenes, provides=_RENDERED | {"referred"}, **_SCENES),
+    Dataset(
+        "furnished",
+        functools.partial(_scenes, furnished=True),
+        provides=_RENDERED | {"referred"},
+        **_SCENES,
+    ),
+    Dataset(
+        "referring",
+        functools.partial(_scenes, alike=True),
+        provides=_RENDERED | {"referred"},
+        **_SCENES,
+    ),
     Dataset(
         "objects",
         functools.partial(_scenes, subject="object"),

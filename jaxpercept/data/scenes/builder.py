@@ -61,6 +61,8 @@ class Thing(NamedTuple):
     word: str  # colour word, "" where it has none
     height: Number  # metres
     on: str  # what it stands on: "floor", "wall", or the class of the thing below it
+    width: Number = 0.0  # metres, where anybody asks for it
+    below: int = 0  # instance id of the thing that it stands on, likewise
 
 
 class Surface(NamedTuple):

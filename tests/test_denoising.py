@@ -290,7 +290,7 @@ def test_options_that_do_not_fit_are_named(options, complaint):
 
 def test_networks_and_tasks_that_do_not_fit_are_named():
     def built(unet, task="depth", **options):
-        method = {"name": "denoising", "noise": "gaussian"}
+        method = {"name": "denoising", "noise": "gaussian", **options.pop("method", {})}
         described = tiny_model.description(
             components={"unet": unet, "vae": VAE}, method=method, task=task, **options
         )
@@ -302,4 +302,8 @@ def test_networks_and_tasks_that_do_not_fit_are_named():
         built(WIDE, "pose")
     with pytest.raises(UserError, match="semantic has no image"):
         built(WIDE, "semantic", task_options={"palette": "scenes", "logits": True})
+    corrupted = {"method": {"corruption": "increasing"}}
+    with pytest.raises(UserError, match="targets of normals cannot be corrupted: set config"):
+        built(WIDE, "normals", **corrupted)
+    assert built(WIDE, "dis", **corrupted).corrupts
     assert built(WIDE, "normals").fields == ("rgb", "normals", "valid", "index")

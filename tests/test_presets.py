@@ -138,6 +138,7 @@ def test_a_preset_builds(stem, name, sd21, monkeypatch):
         ("pose.py:sd21", {"data.options.coco_keypoints.persons": "largest"}),
         ("pose.py", {"architecture.head.final_activation": "relu"}),
         ("ablation.py:marigold", {"method.noise_strength": 0.5, "method.output": "sample"}),
+        ("ablation.py:marigold", {"method.corruption": "increasing"}),
         ("depth.py:folder", {"data.options.folder.depth_scale": 5.0, "evaluation.limit": 2}),
         ("dis.py:masks", {"data.options.masks.held_out": 0.3}),
     ],

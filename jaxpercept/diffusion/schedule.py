@@ -256,8 +256,18 @@ class NoiseSchedule:
         if self.prediction_type == "epsilon":
             return pred
         if self.prediction_type == "sample":
-            return _divide(x_t - signal * pred, sigma)
+            return self.noise_between(x_t, pred, t)
         return signal * pred + sigma * x_t
+
+    def noise_between(
+        self, x_t: Float[Array, "b *d"], x0: Float[Array, "b *d"], t: Int[Array, "b"]
+    ) -> Float[Array, "b *d"]:
+        """The ε that leads from x_0 to x_t: (x_t − √ᾱ_t x_0) / √(1−ᾱ_t).
+
+        0 where ᾱ_t = 1: there no noise leads anywhere.
+        """
+        signal, sigma = self.signal_and_noise(t, x_t.ndim)
+        return _divide(x_t - signal * x0, sigma)
 
     # -- Inference timesteps ---------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpercept import losses
+from jaxpercept.diffusion.corruption import INTENSITIES, intensity
 from jaxpercept.diffusion.noise import multi_resolution, per_example
 from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
@@ -26,6 +27,10 @@ from jaxpercept.methods.recipe import Recipe
 from jaxpercept.tasks.base import Task
 
 NOISES = ("multi_resolution", "gaussian", "image")
+CORRUPTION_TARGETS = ("released", "consistent")
+_MAX_STRENGTH = 4
+# Of the step's key; `split` counts from 0.
+_CORRUPTION_KEY = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,14 @@ class Denoising:
         num_steps: steps of a prediction.
         output: what is decoded, the last predicted "x0" (GenPercept) or the last "sample"
             (Marigold).
+        corruption: make x_t of a corrupted target (ADDP, see `diffusion.corruption`). Its intensity
+            is "increasing" with the timestep, as there, "constant" or "decreasing"; "none": x_t is
+            made of the target itself.
+        corruption_strength: factor of that intensity, above 0, at most 4.
+        corruption_target: "consistent": the network learns the output that means the clean target
+            exactly. "released": as in ADDP's code for depth, the one of the clean target and the
+            noise that was drawn. A v-prediction then means ᾱ · corrupted + (1 − ᾱ) · clean, an
+            ε-prediction the corrupted target, which corrects nothing; for "sample" both are one.
     """
 
     model: LatentModel
@@ -55,6 +68,9 @@ class Denoising:
     annealed: bool = True
     num_steps: int = 10
     output: str = "x0"
+    corruption: str = "none"
+    corruption_strength: float = 1.0
+    corruption_target: str = "released"
 
     needs_text = False
 
@@ -64,7 +80,12 @@ class Denoising:
         return ("rgb", *self.task.fields, "index")
 
     def __post_init__(self) -> None:
-        for name, known in (("noise", NOISES), ("output", ("x0", "sample"))):
+        for name, known in (
+            ("noise", NOISES),
+            ("output", ("x0", "sample")),
+            ("corruption", ("none", *INTENSITIES)),
+            ("corruption_target", CORRUPTION_TARGETS),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(
                     f"config.method.{name} is {getattr(self, name)!r}: use {' or '.join(known)}."
@@ -75,6 +96,16 @@ class Denoising:
             )
         if self.task.channels not in (1, 3):
             raise UserError(f"{self.task.name} has no image to denoise: use the method one_step.")
+        if not 0 < self.corruption_strength <= _MAX_STRENGTH:
+            raise UserError(
+                f"config.method.corruption_strength is {self.corruption_strength}: give a value "
+                f"above 0, at most {_MAX_STRENGTH}; corruption='none' leaves it out."
+            )
+        if self.corrupts and not self.task.corruptible:
+            raise UserError(
+                f"the targets of {self.task.name} cannot be corrupted: set "
+                "config.method.corruption to 'none'."
+            )
         self.timesteps.distribution(self.solver.schedule.num_train_timesteps)  # raises if wrong
         self.solver.steps(self.num_steps)  # likewise
         _ = self.perception
@@ -83,6 +114,11 @@ class Denoising:
     def blends(self) -> bool:
         """Whether the image's latent is the noise."""
         return self.noise == "image"
+
+    @property
+    def corrupts(self) -> bool:
+        """Whether x_t is made of something else than the target."""
+        return self.corruption != "none"
 
     def loss(
         self, params: Params, batch: dict[str, Array], key: Array
@@ -96,14 +132,28 @@ class Denoising:
         timesteps = sample_timesteps(self.timesteps, key_t, index, schedule.num_train_timesteps)
         noise = image if self.blends else self._noise(key_noise, index, timesteps, latent.shape[1:])
 
-        x = schedule.add_noise(latent, noise, timesteps)
+        start = latent
+        if self.corrupts:
+            start = perception.encode(params, self._corrupted(key, batch, timesteps))
+        x = schedule.add_noise(start, noise, timesteps)
         inputs = x if self.blends else jnp.concatenate([image, x], axis=-1)
         prompt = empty_prompt(params, image.shape[0])
         output = self.model.unet.bind(params["unet"])(inputs, timesteps, prompt)
+        if self.corrupts and self.corruption_target == "consistent":
+            noise = schedule.noise_between(x, latent, timesteps)
         wanted = schedule.target(latent, noise, timesteps)
         mask = losses.pool_mask(target.mask, self.model.downscale)
         mse = losses.mse(output.astype(jnp.float32), wanted, mask)
         return mse, {"latent_mse": mse}
+
+    def _corrupted(
+        self, key: Key[Array, ""], batch: dict[str, Array], timesteps: Int[Array, " b"]
+    ) -> Float[Array, "b h w 3"]:
+        total = self.solver.schedule.num_train_timesteps
+        strength = self.corruption_strength * intensity(timesteps, total, self.corruption)
+        key = jax.random.fold_in(key, _CORRUPTION_KEY)
+        keys = per_example(key, batch["index"], lambda k: k)
+        return self.task.corrupt(batch, strength, keys)
 
     def _noise(
         self,

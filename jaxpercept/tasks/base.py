@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from jaxpercept import losses
+from jaxpercept.diffusion.corruption import blur_depth
 from jaxpercept.errors import UserError
 
 
@@ -46,6 +47,7 @@ class Task:
       loss_names: the pixel losses it knows.
       default_weights: of those that the paper trains with.
       reads_text: whether each image comes with a text that says what to predict.
+      corruptible: whether there is `corrupt`.
     """
 
     name: ClassVar[str]
@@ -56,6 +58,7 @@ class Task:
     loss_names: ClassVar[tuple[str, ...]] = ()
     default_weights: ClassVar[Mapping[str, float]] = {}
     reads_text: ClassVar[bool] = False
+    corruptible: ClassVar[bool] = False
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -67,6 +70,18 @@ class Task:
     def encode_target(self, batch: Mapping[str, Array]) -> Target:
         """The target of a batch that holds `fields`."""
         raise NotImplementedError(f"{self.name} cannot be trained")
+
+    def corrupt(
+        self, batch: Mapping[str, Array], strength: Float[Array, " b"], keys: Key[Array, " b"]
+    ) -> Float[Array, "b h w 3"]:
+        """The target's image as a model could have it wrong, see `diffusion.corruption`.
+
+        Args:
+          batch: as for `encode_target`.
+          strength: of each example; 0 is right.
+          keys: one for each example.
+        """
+        raise NotImplementedError(f"{self.name} cannot be corrupted")
 
     def loss_terms(
         self,
@@ -163,6 +178,7 @@ class AffineTask(Task):
     released_median: bool = False
 
     merge: ClassVar[str] = "affine"
+    corruptible: ClassVar[bool] = True
     loss_names: ClassVar[tuple[str, ...]] = (
         *("mse", "l1", "ssi", "ssi_median", "grad", "grad_multiscale", "vnl"),
         *("hdn_random", "hdsn_random"),
@@ -178,6 +194,13 @@ class AffineTask(Task):
         low = decoded.min(axis=(1, 2, 3), keepdims=True)
         span = decoded.max(axis=(1, 2, 3), keepdims=True) - low
         return (decoded - low) / jnp.maximum(span, 1e-6) * 2 - 1
+
+    def corrupt(
+        self, batch: Mapping[str, Array], strength: Float[Array, " b"], keys: Key[Array, " b"]
+    ) -> Float[Array, "b h w 3"]:
+        """Blurred, pixels without truth along with the others."""
+        image = self.encode_target(batch).image[..., :1]
+        return jnp.repeat(blur_depth(image, strength, keys), 3, axis=-1)
 
     def loss_terms(
         self,

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxpercept import losses
+from jaxpercept.diffusion.corruption import corrupt_mask
 from jaxpercept.tasks.base import Target, Task, Terms
+
+
+def drawn(mask: Float[Array, "b h w 1"]) -> Float[Array, "b h w 3"]:
+    """A map in [0, 1] as a grey image in [-1, 1]."""
+    return jnp.repeat(mask * 2 - 1, 3, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +25,7 @@ class ForegroundTask(Task):
     loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1", "bce", "iou", "grad")
     # GenPercept's main runs: of the losses here, it uses no other.
     default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0}
+    corruptible: ClassVar[bool] = True
 
     def encode_target(self, batch: Mapping[str, Array]) -> Target:
         """2 alpha − 1, repeated to three channels; background where it is invalid.
@@ -29,9 +36,18 @@ class ForegroundTask(Task):
         Args:
           batch: `alpha` [b,h,w,1] in [0, 1], `valid` [b,h,w,1].
         """
-        alpha = jnp.where(batch["valid"], batch["alpha"].astype(jnp.float32), 0)
-        image = jnp.clip(alpha, 0, 1) * 2 - 1
-        return Target(jnp.repeat(image, 3, axis=-1), batch["valid"])
+        return Target(drawn(self.foreground(batch)), batch["valid"])
+
+    def foreground(self, batch: Mapping[str, Array]) -> Float[Array, "b h w 1"]:
+        """The map in [0, 1] that the first of `fields` is, 0 where it is invalid."""
+        truth = batch[self.fields[0]].astype(jnp.float32)
+        return jnp.clip(jnp.where(batch["valid"], truth, 0), 0, 1)
+
+    def corrupt(
+        self, batch: Mapping[str, Array], strength: Float[Array, " b"], keys: Key[Array, " b"]
+    ) -> Float[Array, "b h w 3"]:
+        """With the foreground moved and cut."""
+        return drawn(corrupt_mask(self.foreground(batch), strength, keys))
 
     def loss_terms(
         self,

@@ -34,7 +34,7 @@ def test_help_teaches(capsys):
 def test_the_built_in_checkpoint(capsys):
     before = len(jax.live_arrays())
     report = check("sd-tiny")
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before  # garbage of other tests may be gone
     assert report["kind"] == "diffusers folder"
     assert report["unused_files"] == report["warnings"] == report["problems"] == []
     folder = Path(resolve("sd-tiny"))

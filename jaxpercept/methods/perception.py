@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxpercept.diffusion.guidance import Guidance, Mixture, Text
 from jaxpercept.diffusion.sampler import Solver
@@ -243,7 +243,7 @@ def batch_fields(task: Task) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("rgb", *task.fields, *text, "index")))
 
 
-def _beside(parts: Sequence[Float[Array, "b ..."]]) -> Float[Array, "k ..."]:
+def _beside(parts: Sequence[Shaped[Array, "b ..."]]) -> Shaped[Array, "k ..."]:
     """Row i of each of them, then row i + 1 of each."""
     if len(parts) == 1:
         return parts[0]

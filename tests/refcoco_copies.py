@@ -7,9 +7,10 @@ import pickletools
 import warnings
 
 import numpy as np
+import pytest
 from PIL import Image
-from pycocotools import mask as coco
 
+coco = pytest.importorskip("pycocotools.mask")
 CATEGORIES = {1: "person", 17: "cat", 44: "bottle"}
 UNC = ("train", "val", "testA", "testB")
 SPLITS = {"refcoco": UNC, "refcoco+": UNC, "refcocog": ("train", "val", "test")}

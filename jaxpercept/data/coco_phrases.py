@@ -83,10 +83,6 @@ def _reference(
             f"images/{entry['image']}",
             tuple(annotation["segmentation"] for annotation in named),
             (image["height"], image["width"]),
-            tuple(
-                crowd["segmentation"]
-                for crowd in crowds
-                if crowd["category_id"] in categories and crowd["id"] not in entry["ann_ids"]
-            ),
+            tuple(c["segmentation"] for c in crowds if c["category_id"] in categories),
         ),
     )

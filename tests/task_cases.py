@@ -12,6 +12,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "normals, half range": {"full_z_range": False},
     "dis": {},
     "matting": {},
+    "referring": {},
+    "referring, mask": {"paint": False},
     "semantic": {"palette": "camvid"},
     "semantic, logits": {"palette": "camvid", "logits": True},
     "pose": {},

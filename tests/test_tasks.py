@@ -67,6 +67,7 @@ def test_options_are_checked():
         ("normals", {"angular_kappa": 1.0}, "'angular_kappa', which needs .*uncertainty=True"),
         ("semantic", {"cross_entropy": 1.0}, "'cross_entropy', which painted classes have not"),
         ("semantic, logits", {"mse": 1.0}, "'mse', which class logits have not"),
+        ("referring", {"iou": 1.0}, "'iou', which a painted image has not: use mse or l1"),
     ],
 )
 def test_losses_that_a_task_has_not_are_refused(case, weights, complaint):

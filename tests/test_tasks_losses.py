@@ -136,7 +136,7 @@ def test_a_right_prediction_costs_least(rng, case):
         assert float(perfect[name][0]) < float(wrong[name][0]), name
 
 
-@pytest.mark.parametrize("case", ["disparity", "normals", "dis", "semantic", "pose"])
+@pytest.mark.parametrize("case", ["disparity", "normals", "dis", "semantic", "pose", "referring"])
 def test_squared_and_absolute_errors(rng, case):
     """A one-channel task compares the mean of the image's three channels."""
     task, run = task_of(case), gradients(case)

@@ -13,17 +13,17 @@ from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.data.transforms import depth_range, disparity_range
-from jaxpercept.diffusion import corruption
 from jaxpercept.tasks import TASKS, get_task
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, H, W = 3, 12, 16
-NAMES = ("depth", "disparity", "normals", "dis", "matting", "pose")
+NAMES = ("depth", "disparity", "normals", "dis", "matting", "referring", "pose")
 TASK = {
     **{name: get_task(name) for name in NAMES},
     "disparity as released": get_task("disparity", min_max=True),
     "normals, half range": get_task("normals", full_z_range=False),
+    "referring, mask": get_task("referring", paint=False),
     "painted classes": get_task("semantic", palette="scenes"),
     "class logits": get_task("semantic", palette="scenes", logits=True),
 }
@@ -63,6 +63,7 @@ def batch(rng):
         "disparity_range": np.stack(limits),
         "normals": normals,
         "alpha": rng.random((B, H, W, 1), np.float32),
+        "referred": rng.integers(0, 2, (B, H, W, 1)).astype(np.float32),
         "classes": classes,
         "keypoints": places,
     }
@@ -188,16 +189,18 @@ def test_normals(rng, name):
 # ---- masks and mattes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dis", "matting"])
-def test_foreground(rng, name):
+@pytest.mark.parametrize(
+    ("name", "field"), [("dis", "alpha"), ("matting", "alpha"), ("referring, mask", "referred")]
+)
+def test_foreground(rng, name, field):
     data = batch(rng)
     image, mask, values = encode(name)(data)
     assert values is None
     np.testing.assert_array_equal(mask, data["valid"])
-    expected = np.where(data["valid"], 2 * data["alpha"] - 1, -1).repeat(3, -1)
+    expected = np.where(data["valid"], 2 * data[field] - 1, -1).repeat(3, -1)
     np.testing.assert_allclose(image, expected, atol=1e-6)
     np.testing.assert_allclose(
-        np.asarray(TASK[name].to_prediction(image))[mask], data["alpha"][mask], atol=1e-6
+        np.asarray(TASK[name].to_prediction(image))[mask], data[field][mask], atol=1e-6
     )
 
 
@@ -291,7 +294,7 @@ def test_heat_maps(rng):
 def test_targets_are_finite_and_in_range_whatever_lies_outside_the_mask(rng, name):
     data = batch(rng)
     clean = encode(name)(data)
-    for field in ("depth", "normals", "alpha"):
+    for field in ("depth", "normals", "alpha", "referred"):
         anything = rng.choice(np.float32([np.nan, np.inf, -7, 1e30]), data[field].shape)
         data[field] = np.where(data["valid"], data[field], anything)
     data["classes"] = np.where(data["valid"], data["classes"], 10**6)
@@ -302,44 +305,6 @@ def test_targets_are_finite_and_in_range_whatever_lies_outside_the_mask(rng, nam
     np.testing.assert_array_equal(dirty.mask, clean.mask)
     mask = np.asarray(clean.mask)[..., 0]
     np.testing.assert_array_equal(np.asarray(dirty.image)[mask], np.asarray(clean.image)[mask])
-
-
-CORRUPTIBLE = [name for name in TASK if TASK[name].corruptible]
-
-
-@pytest.mark.parametrize("name", CORRUPTIBLE)
-def test_corrupted_targets(rng, name):
-    """Images as the targets' are: finite, in range, grey, whatever lies outside the mask."""
-    task, data = TASK[name], batch(rng)
-    for field in ("depth", "alpha"):
-        anything = rng.choice(np.float32([np.nan, np.inf, -7, 1e30]), data[field].shape)
-        data[field] = np.where(data["valid"], data[field], anything)
-    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), B)
-    corrupt = jax.jit(task.corrupt)
-    right = corrupt(data, np.zeros(B, np.float32), keys)
-    np.testing.assert_allclose(right, encode(name)(data).image, atol=1e-6)
-    wrong = np.asarray(corrupt(data, np.full(B, 1, np.float32), keys))
-    assert (wrong.shape, wrong.dtype) == ((B, H, W, 3), np.float32)
-    assert np.isfinite(wrong).all()
-    assert np.abs(wrong).max() <= 1 + 1e-6
-    np.testing.assert_array_equal(wrong[..., 1:], wrong[..., :1].repeat(2, -1))
-    assert np.abs(wrong - right).mean() > 1e-2
-
-
-def test_how_targets_are_corrupted(rng):
-    """Depth is blurred, a mask takes whole values of other places."""
-    assert {TASK[name].name for name in CORRUPTIBLE} == {"depth", "disparity", "dis", "matting"}
-    data, keys = batch(rng), jax.random.split(jax.random.key(int(rng.integers(2**31))), B)
-    strength = rng.uniform(0.5, 3, B).astype(np.float32)
-    image = encode("depth")(data).image[..., :1]
-    ours = jax.jit(TASK["depth"].corrupt)(data, strength, keys)
-    np.testing.assert_allclose(
-        ours[..., :1], jax.jit(corruption.blur_depth)(image, strength, keys), atol=1e-6
-    )
-    ours = jax.jit(TASK["dis"].corrupt)(data, strength, keys)
-    alpha = jnp.where(data["valid"], data["alpha"], 0)
-    mask = jax.jit(corruption.corrupt_mask)(alpha, strength, keys)
-    assert np.mean(np.abs((ours[..., :1] + 1) / 2 - mask) > 1e-6) < 0.01
 
 
 @pytest.mark.parametrize("name", TASK)

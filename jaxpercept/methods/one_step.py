@@ -24,7 +24,7 @@ from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params
 from jaxpercept.methods.perception import Perception, batch_fields
 from jaxpercept.methods.recipe import Recipe
-from jaxpercept.tasks.base import Task
+from jaxpercept.tasks.base import Task, to_signed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +143,3 @@ class OneStep:
             padded_prompt=self.task.reads_text,
         )
         return Perception(self.model, recipe, recipe.solver({}), self.task)
-
-
-def to_signed(rgb: Array) -> Float[Array, "b h w 3"]:
-    """uint8 [0, 255] to float32 [-1, 1]; float images are already there and pass unchanged."""
-    if jnp.issubdtype(rgb.dtype, jnp.floating):
-        return rgb
-    return rgb.astype(jnp.float32) / 127.5 - 1.0

@@ -10,6 +10,7 @@ from jaxpercept.tasks.intrinsics import IntrinsicsTask
 from jaxpercept.tasks.masks import DichotomousTask, MattingTask
 from jaxpercept.tasks.normals import NormalsTask
 from jaxpercept.tasks.pose import PoseTask
+from jaxpercept.tasks.referring import ReferringTask
 from jaxpercept.tasks.segmentation import ColoursTask, SegmentationTask
 
 __all__ = ["TASKS", "Target", "Task", "get_task", "reads_text"]
@@ -22,6 +23,7 @@ TASKS: dict[str, type[Task]] = {
         NormalsTask,
         DichotomousTask,
         MattingTask,
+        ReferringTask,
         SegmentationTask,
         PoseTask,
         ColoursTask,

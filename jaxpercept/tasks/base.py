@@ -48,6 +48,7 @@ class Task:
       default_weights: of those that the paper trains with.
       reads_text: whether each image comes with a text that says what to predict.
       corruptible: whether there is `corrupt`.
+      reads_text: whether each image has a prompt of its own, without which nothing can be told.
     """
 
     name: ClassVar[str]
@@ -59,6 +60,7 @@ class Task:
     default_weights: ClassVar[Mapping[str, float]] = {}
     reads_text: ClassVar[bool] = False
     corruptible: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -234,3 +236,10 @@ class AffineTask(Task):
             "scale_invariant": self.scale_invariant,
             "shift_invariant": self.shift_invariant,
         }
+
+
+def to_signed(rgb: Array) -> Float[Array, "b h w 3"]:
+    """uint8 [0, 255] to float32 [-1, 1]; float images are already there and pass unchanged."""
+    if jnp.issubdtype(rgb.dtype, jnp.floating):
+        return rgb
+    return rgb.astype(jnp.float32) / 127.5 - 1.0

@@ -407,6 +407,21 @@ _BUILDERS: dict[str, Builder] = {
     "lotus_d_disparity": partial(lotus, task="disparity", pipeline="DirectRegressionPipeline"),
     "stable_diffusion": text_to_image,
 }
+
+
+def instruct_pix2pix(
+    folder: Path, seed: int = 0, scheduler: dict[str, Any] | None = None
+) -> dict[str, torch.nn.Module]:
+    """An InstructPix2Pix folder: Stable Diffusion 1 with eight input channels. Its networks.
+
+    Not among `FAMILIES`: it reads a text with each image.
+    """
+    name = "StableDiffusionInstructPix2PixPipeline"
+    scheduler = scheduler or {**SCHEDULER, "prediction_type": "epsilon"}
+    network = unet("sd1", seed, in_channels=8)
+    return write_folder(folder, network, seed, name, UNCHECKED, scheduler)
+
+
 FAMILIES: dict[str, Builder] = {
     name: partial(builder, name=name) for name, builder in _BUILDERS.items()
 }

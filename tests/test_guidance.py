@@ -1,7 +1,6 @@
 """Guidance, and InstructPix2Pix's checkpoints sampled with it, against diffusers."""
 
 import itertools
-import json
 
 import diffusers
 import families
@@ -15,7 +14,6 @@ from families_torch import quiet
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import quick_compile  # noqa: F401
-from torch_checkpoints import unet
 
 from jaxpercept.checkpoints.load import load_model
 from jaxpercept.diffusion.guidance import Branch, Guidance, Text
@@ -26,7 +24,7 @@ from jaxpercept.methods.latent_model import LatentModel
 from jaxpercept.methods.perception import Perception
 from jaxpercept.methods.recipe import Recipe
 from jaxpercept.models.functional import functional
-from jaxpercept.tasks.segmentation import ColoursTask
+from jaxpercept.tasks.referring import ReferringTask
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -84,20 +82,15 @@ def test_impossible_guidance_is_refused(wrong):
         Guidance(**wrong)
 
 
-class Painted(ColoursTask):
-    """A task with a text beside each image, whose map is the picture itself."""
+@pytest.fixture
+def folder(tmp_path, rng):
+    """(scheduler) -> an InstructPix2Pix checkpoint."""
 
-    reads_text = True
+    def build(scheduler):
+        families.instruct_pix2pix(tmp_path, int(rng.integers(1000)), scheduler)
+        return tmp_path
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An InstructPix2Pix checkpoint: Stable Diffusion 1, eight input channels."""
-    folder = tmp_path_factory.mktemp("instruct")
-    network = unet("sd1", int(np.random.default_rng().integers(1000)), in_channels=8)
-    name = "StableDiffusionInstructPix2PixPipeline"
-    families.write_folder(folder, network, 7, name, families.UNCHECKED, DDIM)
-    return folder
+    return build
 
 
 def opened(folder):
@@ -109,20 +102,17 @@ def opened(folder):
     model = LatentModel(**networks, schedule=solver.schedule)
     tokenize = padded_tokenizer(folder / "tokenizer", description.components["text_encoder"])
     params = jax.tree.map(jnp.asarray, params)
-    return Perception(model, recipe, solver, Painted()), params, lambda x: jnp.asarray(tokenize(x))
+    return (
+        Perception(model, recipe, solver, ReferringTask()),
+        params,
+        lambda x: jnp.asarray(tokenize(x)),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 @pytest.mark.parametrize("scheduler", [EULER, DDIM], ids=["euler", "ddim"])
 def test_sampling_is_that_of_diffusers(folder, scheduler, monkeypatch, rng):
-    families.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    families.write_json(
-        folder / "model_index.json",
-        {
-            **json.loads((folder / "model_index.json").read_text()),
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-        },
-    )
+    folder = folder(scheduler)
     model, params, tokenize = opened(folder)
     image = rng.uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
     noise = rng.standard_normal((2, 16, 24, 4)).astype(np.float32)
@@ -171,6 +161,7 @@ def test_sampling_is_that_of_diffusers(folder, scheduler, monkeypatch, rng):
 
 def test_one_step_of_guidance_is_that_of_torch(folder, rng):
     """Also with a correction, for which diffusers has nothing."""
+    folder = folder(DDIM)
     model, params, tokenize = opened(folder)
     image, x = (rng.standard_normal((2, 16, 24, 4)).astype(np.float32) for _ in range(2))
     t = np.array([801.0, 40.0], np.float32)

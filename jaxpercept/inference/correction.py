@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -54,6 +54,7 @@ class Round:
         return facts
 
 
+@runtime_checkable
 class Corrector(Protocol):
     """Whoever says what is wrong."""
 

@@ -30,7 +30,7 @@ NARROW = tiny_model.COMPONENTS["unet"]
 WIDE = dataclasses.replace(NARROW, in_channels=8)
 
 
-def method(noise="image", *, name="denoising", scheduler=None, **options):
+def method(noise="image", *, name="denoising", scheduler=None, batch_size=0, **options):
     unet = NARROW if noise == "image" else WIDE
     options |= {"noise": noise} if name == "denoising" else {}
     return build_method(
@@ -38,7 +38,8 @@ def method(noise="image", *, name="denoising", scheduler=None, **options):
             components={"unet": unet, "vae": VAE},
             scheduler={**tiny_model.SCHEDULER, "clip_sample": False, **(scheduler or {})},
             method={"name": name, **options},
-        )
+        ),
+        batch_size=batch_size,
     )
 
 
@@ -177,7 +178,7 @@ def test_the_loss_is_that_of_torch(networks, rng, noise):
     assert float(terms["latent_mse"]) == float(loss)
 
     key_t, key_noise = jax.random.split(key)
-    t = sample_timesteps("uniform", key_t, batch["index"], 1000)
+    t = sample_timesteps("uniform", key_t, batch["index"], m.solver.schedule)
     with torch.no_grad():
         image, depth, cells = encoded(vae, batch)
         drawn = image
@@ -216,6 +217,73 @@ def test_the_loss_is_that_of_torch(networks, rng, noise):
     assert abs(float(other) - float(loss)) > 1e-4 * float(loss)
 
 
+@pytest.mark.parametrize(
+    ("use", "policy"), [("loss", "addp_depth"), ("importance", "ddim_noise:5")]
+)
+def test_losses_are_weighed_by_their_timesteps(networks, rng, use, policy):
+    """Each example's squared errors have a factor; the mean is over all valid cells as ever."""
+    unets, vae, params = networks
+    m = method("gaussian", timesteps=policy, timestep_use=use, batch_size=ROWS)
+    batch, key = inputs_of(rng)
+    loss, terms = jax.jit(m.loss)(params[8], batch, key)
+
+    key_t, key_noise = jax.random.split(key)
+    schedule, index = m.solver.schedule, batch["index"]
+    drawn_by = "uniform" if use == "loss" else policy
+    t = np.asarray(sample_timesteps(drawn_by, key_t, index, schedule, strata=ROWS))
+    weights = {
+        "loss": np.array([1, 1, 3, 7, 13, 14, 8, 4, 22, 33])[t // 100] / 10.6,
+        "importance": 1 / (1000 * m.timesteps.distribution(schedule)[t]),
+    }[use]
+    with torch.no_grad():
+        image, depth, cells = encoded(vae, batch)
+        draw = functools.partial(jax.random.normal, shape=LATENT)
+        noise = nchw(np.asarray(per_example(key_noise, index, draw)))
+        theirs, t = DDIMScheduler.from_config(schedule.to_config()), torch.tensor(t)
+        inputs = torch.cat([image, theirs.add_noise(depth, noise, t)], dim=1)
+        prompt = torch.tensor(params[4]["prompt"]["embedding"]).repeat(ROWS, 1, 1)
+        error = unets[8](inputs, t, prompt).sample - theirs.get_velocity(depth, noise, t)
+        squared = torch.where(cells, error**2, 0).sum(dim=(1, 2, 3)).numpy() / cells.sum().item()
+    assert float(loss) == pytest.approx(weights @ squared, rel=5e-5)
+    assert float(terms["latent_mse"]) == pytest.approx(squared.sum(), rel=5e-5)
+
+
+def test_what_the_losses_expect(networks, rng):
+    """Importance weights give the loss of uniform timesteps, and two uses the same loss.
+
+    Exactly: of eight strata each of four timesteps has as many as its probability, and where the
+    image is the noise nothing else is random.
+    """
+    _, _, params = networks
+    batch, key = inputs_of(rng)
+    batch = {name: x[jnp.zeros(8, jnp.int32)] for name, x in batch.items()}
+    batch["index"] = 8 * int(rng.integers(1000)) + jnp.arange(8)
+    schedule = {"num_train_timesteps": 4, "beta_start": 0.1, "beta_end": 0.6}
+
+    def expected(use):
+        options = {"timesteps": "weighted:4,1,1,2", "timestep_use": use, "num_steps": 2}
+        m = method("image", scheduler=schedule, batch_size=8, **options)
+        loss, terms = jax.jit(m.loss)(params[4], batch, key)
+        return float(loss), float(terms["latent_mse"])  # of what was drawn, without weights
+
+    (weighed, uniform), (corrected, drawn) = expected("loss"), expected("importance")
+    assert abs(uniform - drawn) > 1e-3 * drawn
+    assert weighed == pytest.approx(drawn, rel=1e-5)
+    assert corrected == pytest.approx(uniform, rel=1e-5)
+
+
+def test_timesteps_are_stratified_over_the_batch_of_an_update():
+    schedule = {"num_train_timesteps": 64}
+    index, key = jnp.arange(32, 48), jax.random.key(0)
+    options = {"timesteps": "uniform", "scheduler": schedule, "batch_size": 16}
+    t, weights = method(**options)._draw(key, index)
+    np.testing.assert_array_equal(np.sort(t) // 4, np.arange(16))
+    np.testing.assert_array_equal(weights, 1)
+    for changes in ({"stratified": False}, {"batch_size": 0}):
+        t, _ = method(**{**options, **changes})._draw(key, index)
+        assert len(set(np.asarray(t) // 4)) < 16
+
+
 def test_blending_with_beta_one_is_the_one_step_method(networks, rng):
     _, _, params = networks
     one = {"beta_start": 1.0, "beta_end": 1.0}
@@ -226,7 +294,7 @@ def test_blending_with_beta_one_is_the_one_step_method(networks, rng):
     @functools.partial(jax.jit, static_argnums=0)
     def run(m, params):
         image = m.perception.encode(params, to_signed(batch["rgb"]))
-        return m.loss(params, batch, key)[0], m.perception.latent(params, image)
+        return m.loss(params, batch, key)[0], m.perception.predict(params, image)[1]
 
     ours, theirs = run(blend, params[4]), run(step, params[4])
     assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=1e-6)
@@ -276,6 +344,10 @@ def test_a_prediction_takes_the_steps_of_diffusers(networks, rng, noise, output)
         ({"output": "eps"}, "method.output is 'eps': use x0 or sample"),
         ({"noise_strength": 1.5}, "noise_strength is 1.5"),
         ({"timesteps": "fixed:1000"}, "1000"),
+        ({"timesteps": "ddim:1001"}, "1001"),
+        ({"timestep_use": "weigh"}, "use is 'weigh': use sample or loss or importance"),
+        ({"timestep_use": "importance", "timesteps": "fixed:3"}, "never or hardly ever"),
+        ({"batch_size": 8}, "has the key 'batch_size'"),
         ({"num_steps": 0}, "0"),
         ({"num_steps": 2000}, "2000"),
         ({"decoder": "vae"}, "has the key 'decoder'"),
@@ -284,8 +356,12 @@ def test_a_prediction_takes_the_steps_of_diffusers(networks, rng, noise, output)
     ],
 )
 def test_options_that_do_not_fit_are_named(options, complaint):
+    described = tiny_model.description(
+        components={"unet": WIDE, "vae": VAE},
+        method={"name": "denoising", "timesteps": "uniform", "noise": "gaussian", **options},
+    )
     with pytest.raises(UserError, match=complaint):
-        method(**{"timesteps": "uniform", "noise": "gaussian", **options})
+        build_method(described)
 
 
 def test_networks_and_tasks_that_do_not_fit_are_named():

@@ -1,5 +1,9 @@
 """Denoising from config to prediction: the widened UNet, training on devices, the saved model."""
 
+import json
+import logging
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +14,7 @@ from tiny_run import base_of_module, data_of_module  # noqa: F401
 
 from jaxpercept import PerceptionPipeline, presets
 from jaxpercept.checkpoints.load import load_model
+from jaxpercept.errors import UserError
 from jaxpercept.methods.one_step import to_signed
 from jaxpercept.training import sharding
 from jaxpercept.training.loop import train
@@ -77,11 +82,20 @@ def test_a_unet_from_scratch_has_random_weights_for_both(base):
 
 @pytest.fixture(scope="module")
 def run(base, data, tmp_path_factory):
-    """`(config, workdir, state)` of two steps with Marigold's noise on one device."""
+    """`(config, workdir, state)` of two steps with Marigold's noise on one device.
+
+    The timesteps are drawn by a table in a file, and the losses weighed inversely.
+    """
     folder = tmp_path_factory.mktemp("denoising")
-    c = config(base, "multi_resolution", steps=2, **tiny_run.on_folder(data))
+    c = config(base, "multi_resolution", steps=2, accumulate=2, **tiny_run.on_folder(data))
+    write_table(folder / "table.json", [1, 3, 0.5])
+    c.method.update({"timesteps": f"file:{folder / 'table.json'}", "timestep_use": "importance"})
     state = train(c, folder / "run", mesh=one_device())
     return c, folder / "run", state
+
+
+def write_table(path, weights):
+    path.write_text(json.dumps({"weights": weights, "checkpoint": "runs/other"}))
 
 
 def test_four_devices_train_like_one(run, tmp_path):
@@ -102,6 +116,7 @@ def test_the_saved_model_predicts_as_the_trained_one(run, rng):
     c, workdir, state = run
     pipe = PerceptionPipeline.from_pretrained(workdir, mesh=one_device())
     assert pipe.description.method["noise"] == "multi_resolution"
+    assert pipe.description.method["timesteps"] == "weighted:1,3,0.5"
     rgb = rng.integers(0, 256, (*tiny_run.SIZE, 3)).astype(np.uint8)
     noise = rng.normal(size=(1, 8, 12, 4)).astype(np.float32)
     out = pipe(rgb, latents=noise, processing_resolution=0)
@@ -134,3 +149,29 @@ def test_training_goes_on_from_the_widened_model(run):
     c.checkpoint = str(workdir)
     unet, _ = weights_of(c)
     tiny_run.assert_bit_equal(unet, jax.device_get(state["params"]["unet"]))
+
+
+def test_a_run_keeps_the_table_it_began_with(run, caplog):
+    """It goes on without the file, and not with another table."""
+    c, workdir, state = run
+    assert set_up(c).method.batch_size == c.batch_size
+    file = pathlib.Path(c.method.timesteps.removeprefix("file:"))
+    content = file.read_text()
+    try:
+        write_table(file, [1, 3, 0.25])
+        with pytest.raises(UserError, match=r"table of method.timesteps \(weighted:1,3,0.5, now"):
+            train(c, workdir, mesh=one_device())
+        file.unlink()
+        with caplog.at_level(logging.INFO, logger="absl"):
+            again = train(c, workdir, mesh=one_device())
+        assert "going on with the table the run began with" in caplog.text
+        tiny_run.assert_bit_equal(again, state)
+        # Another run has not begun with it.
+        with pytest.raises(UserError, match=r"table.json' cannot be read \(no such file"):
+            set_up(c, workdir / "other")
+        c = c.copy_and_resolve_references()
+        c.method.timesteps = f"file:{file}.json"
+        with pytest.raises(UserError, match="cannot be read"):
+            set_up(c, workdir)
+    finally:
+        file.write_text(content)

@@ -65,8 +65,11 @@ DELETED = object()
         (
             "method",
             {"name": "one_step", "timesteps": "fixed:" + "9" * 3000},
-            "The fixed timestep 9",
+            "The timestep policy 'fixed:9999",
         ),
+        ("method", {"name": "one_step", "timesteps": "file:/dev/zero"}, "that is in no file"),
+        ("method", {"name": "denoising", "stratified": "no"}, "stratified='no'"),
+        ("method", {"name": "denoising", "timestep_use": ["loss"]}, "timestep_use=['loss']"),
         (
             "method",
             {"name": "one_step", "pixel_weights": {"mse": "x"}},

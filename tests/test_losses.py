@@ -137,6 +137,19 @@ def test_elementwise_losses_equal_numpy(rng, name):
     np.testing.assert_allclose(value, expected, rtol=3e-6)
 
 
+def test_weights_of_examples_do_not_change_what_is_divided_by(rng):
+    pred, target, mask, _ = sample("mse", rng)
+    mask = mask.at[1].set(False)
+    weights = rng.uniform(0, 3, len(pred)).astype(np.float32)
+    value = jax.jit(losses.mse)(pred, target, mask, jnp.asarray(weights))
+    chosen = np.broadcast_to(mask, pred.shape)
+    squares = (np.asarray(pred, np.float64) - np.asarray(target)) ** 2
+    sums = np.where(chosen, squares, 0).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(value, weights @ sums / chosen.sum(), rtol=3e-6)
+    ones = jax.jit(losses.mse)(pred, target, mask, jnp.ones(len(pred)))
+    np.testing.assert_allclose(ones, jax.jit(losses.mse)(pred, target, mask), rtol=1e-6)
+
+
 @pytest.mark.parametrize("loss", [losses.l1, losses.ssi, losses.gradient, losses.bce])
 def test_one_mask_channel_serves_all(rng, loss):
     pred, target = (np.concatenate([x, x[::-1]], -1, dtype=np.float32) for x in depths(rng))

@@ -24,6 +24,7 @@ from torch_parity import to_torch as nchw
 
 from jaxpercept.checkpoints import rules
 from jaxpercept.checkpoints.load import merge_params
+from jaxpercept.diffusion.schedule import GENPERCEPT
 from jaxpercept.diffusion.timesteps import sample_timesteps
 from jaxpercept.methods import build_method
 from jaxpercept.models.dpt import DPTConfig
@@ -333,7 +334,7 @@ def differences(chosen, method, step, rng):
 
     def timesteps_of(key, batch):
         key_t, index = jax.random.split(key)[0], jnp.asarray(batch["index"])
-        return np.asarray(sample_timesteps(method.timesteps, key_t, index, 1000))
+        return np.asarray(sample_timesteps(method.timesteps, key_t, index, GENPERCEPT))
 
     nets, batch, key, context, expected, exact = draw(chosen, timesteps_of, rng)
     networks = {name: getattr(method.model, name) for name in nets}

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel
 
 from jaxpercept.checkpoints import diffusers, diffusers_write
 from jaxpercept.diffusion.noise import per_example
+from jaxpercept.diffusion.schedule import GENPERCEPT
 from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods import build_method
@@ -129,7 +130,7 @@ def test_the_one_step_loss_and_its_gradient_are_genpercept_s(model, one_step, rn
     (loss, terms), grads = gradient(params, batch, key)
 
     key_t, _ = jax.random.split(key)
-    t = torch.tensor(np.asarray(sample_timesteps(m.timesteps, key_t, batch["index"], 1000)))
+    t = torch.tensor(np.asarray(sample_timesteps(m.timesteps, key_t, batch["index"], GENPERCEPT)))
     f, v, cells, decoded, target, valid = genpercept(params, modules, batch, t)
     latent_mse = F.mse_loss(f[cells], v[cells])
     pixel_mse = F.mse_loss(decoded[valid], target[valid])
@@ -217,7 +218,7 @@ def test_the_denoising_loss_is_that_of_latent_diffusion(model, rng):
     shape = (SIZE[0] // 2, SIZE[1] // 2, 4)
     noise = per_example(key_noise, batch["index"], lambda k: jax.random.normal(k, shape))
     dropped = np.asarray(per_example(key_drop, batch["index"], jax.random.uniform)) < 0.5
-    t = sample_timesteps(TimestepPolicy(), key_t, batch["index"], 1000)
+    t = sample_timesteps(TimestepPolicy(), key_t, batch["index"], m.model.schedule)
     noise, t = nchw(noise), torch.tensor(np.asarray(t))
     ids = np.where(dropped[:, None], [38, 39, 39, 39], batch["input_ids"])
     theirs = DDIMScheduler.from_config(scheduler)

@@ -16,6 +16,7 @@ from jaxpercept.checkpoints.description import Description
 from jaxpercept.config import check_config
 from jaxpercept.data.datasets import DATASETS
 from jaxpercept.data.row import TARGETS
+from jaxpercept.diffusion.timesteps import TimestepPolicy
 from jaxpercept.errors import UserError
 from jaxpercept.models.config import UNetConfig, VAEConfig
 from jaxpercept.tasks import TASKS
@@ -139,6 +140,15 @@ def test_a_preset_builds(stem, name, sd21, monkeypatch):
         ("pose.py", {"architecture.head.final_activation": "relu"}),
         ("ablation.py:marigold", {"method.noise_strength": 0.5, "method.output": "sample"}),
         ("ablation.py:marigold", {"method.corruption": "increasing"}),
+        (
+            "ablation.py:marigold",
+            {"method.timesteps": "ddim:10", "method.timestep_use": "importance"},
+        ),
+        (
+            "ablation.py:noise_0034",
+            {"method.timesteps": "weighted:1,0.5,3", "method.stratified": False},
+        ),
+        ("depth.py", {"method.timesteps": "p2:0.5,2"}),
         ("depth.py:folder", {"data.options.folder.depth_scale": 5.0, "evaluation.limit": 2}),
         ("dis.py:masks", {"data.options.masks.held_out": 0.3}),
     ],
@@ -154,6 +164,9 @@ def test_what_the_docs_name_can_be_changed_on_the_command_line(monkeypatch, pres
     expected = MODULES[path.stem.partition(".")[0]].get_config(*preset.split(":")[1:])
     expected.update_from_flattened_dict(arguments)
     assert values.config.to_dict() == expected.to_dict()
+    if timesteps := arguments.get("method.timesteps"):
+        method = set_up(values.config).method
+        assert method.timesteps == TimestepPolicy.parse(timesteps)
     if "data_dir" in arguments:
         options = values.config.data.options.to_dict()
         folders = {name: own["data_dir"] for name, own in options.items()}

@@ -15,6 +15,7 @@ from jaxpercept.errors import UserError
 _MAX_TIMESTEPS = 100_000
 _MAX_PIXELS = 2**14
 _MAX_NAME, _MAX_TEXT = 300, 4096
+_MAX_POLICY = 2**20  # a table may have a number for every timestep
 _MAX_NUMBER = 1e30
 
 
@@ -87,6 +88,12 @@ _TEXT = _Kind(
     f"a text of at most {_MAX_TEXT} characters",
     lambda value: isinstance(value, str) and len(value) <= _MAX_TEXT,
 )
+_POLICY = _Kind(
+    f"a timestep policy of at most {_MAX_POLICY} characters that is in no file",
+    lambda value: (
+        isinstance(value, str) and len(value) <= _MAX_POLICY and not value.startswith("file:")
+    ),
+)
 _OPTION = _Kind(
     f"true or false, {_number().words}, or {_NAME.words}",
     lambda value: _FLAG.fits(value) or _number().fits(value) or _NAME.fits(value),
@@ -127,11 +134,17 @@ _TARGET = {
 }
 _METHOD = {
     "name": _NAME,
-    "timesteps": _TEXT,
+    "timesteps": _POLICY,
+    "timestep_use": _NAME,
+    "stratified": _FLAG,
     "inference_timestep": _integer(0, _MAX_TIMESTEPS),
     "decoder": _either("vae", "dpt"),
     "pixel_weights": _object_of(_number()),
     "latent_weight": _number(),
+    "num_steps": _integer(1, _MAX_TIMESTEPS),
+    **dict.fromkeys(("drop_text", "drop_image", "drop_both"), _number(0.0, 1.0)),
+    **dict.fromkeys(("text_guidance", "image_guidance"), _number(0.0)),
+    **dict.fromkeys(("noise_strength", "corruption_strength"), _number()),
 }
 _RECIPE = {
     "family": _NAME,

@@ -5,10 +5,18 @@ from jaxtyping import Array, Bool, Float
 
 
 def mse(
-    pred: Float[Array, "b h w c"], target: Float[Array, "b h w c"], mask: Bool[Array, "b h w #c"]
+    pred: Float[Array, "b h w c"],
+    target: Float[Array, "b h w c"],
+    mask: Bool[Array, "b h w #c"],
+    weights: Float[Array, "b"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error over the masked elements."""
-    return masked_mean(difference(pred, target, mask) ** 2, mask)
+    """Mean squared error over the masked elements.
+
+    weights: factors of the examples' squared errors, 1 if None. The mean is still over the number
+    of masked elements, not over the weights, so that it is linear in these.
+    """
+    squared = difference(pred, target, mask) ** 2
+    return masked_mean(squared if weights is None else per_image(weights) * squared, mask)
 
 
 def l1(

@@ -55,6 +55,7 @@ def build_method(
     dtype: Any = jnp.float32,
     remat: str = "none",
     attention: str = "auto",
+    batch_size: int = 0,
 ) -> Method:
     """The method a description names, over its networks.
 
@@ -63,6 +64,8 @@ def build_method(
         dtype: compute dtype of the networks; losses and schedule stay in float32.
         remat: "none" or "block", see `models.functional`.
         attention: the attention implementation, see `models.attention`.
+        batch_size: examples of one update, over all devices and micro-batches; 0 where nothing is
+            trained.
 
     Raises:
         UserError: an unknown method or option, or a component the method needs is missing or of
@@ -100,7 +103,7 @@ def build_method(
         raise UserError(f"The task {description.task!r} cannot be trained yet: use {trainable}.")
     if name == "denoising":
         solver = Solver.from_config(description.scheduler)
-        return Denoising(model=model, task=task, solver=solver, **options)
+        return Denoising(model=model, task=task, solver=solver, batch_size=batch_size, **options)
     weights = dict(options.pop("pixel_weights", {}))
     options["pixel_weights"] = tuple(sorted((k, w) for k, w in weights.items() if w))
     return OneStep(model=model, task=task, **options)
@@ -160,11 +163,8 @@ def _networks(
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(_METHODS[name])} - {
-        "model",
-        "task",
-        "solver",
-    }
+    given = {"model", "task", "solver", "batch_size"}  # by what surrounds the method
+    known = {field.name for field in dataclasses.fields(_METHODS[name])} - given
     if unknown := sorted(set(options) - known):
         raise UserError(
             f"config.method has the key {unknown[0]!r}, which {name} has not: use "

@@ -66,7 +66,7 @@ class OneStep:
                 "text-to-image checkpoint."
             )
         total = GENPERCEPT.num_train_timesteps
-        self.timesteps.distribution(total)  # raises where the policy does not fit
+        self.timesteps.distribution(GENPERCEPT)  # raises where the policy does not fit
         if not 0 <= self.inference_timestep < total:
             raise UserError(
                 f"config.method.inference_timestep is {self.inference_timestep}: give one of 0 to "
@@ -110,7 +110,7 @@ class OneStep:
         target = self.task.encode_target(batch)
         image = perception.encode(params, to_signed(batch["rgb"]))
         key_t, key_pixels = jax.random.split(key)
-        timesteps = sample_timesteps(self.timesteps, key_t, index, GENPERCEPT.num_train_timesteps)
+        timesteps = sample_timesteps(self.timesteps, key_t, index, GENPERCEPT)
         text = perception.text(params, batch)
         if self.decoder == "dpt":
             decoded = perception.dense(params, image, timesteps, text)

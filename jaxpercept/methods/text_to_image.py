@@ -53,9 +53,7 @@ class TextToImage:
         return ("rgb", "input_ids", "index", *(("source",) if self.edit_share else ()))
 
     def __post_init__(self) -> None:
-        self.timesteps.distribution(
-            self.model.schedule.num_train_timesteps
-        )  # raises if it is wrong
+        self.timesteps.distribution(self.model.schedule)  # raises if it is wrong
         for name in ("caption_dropout", "edit_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(
@@ -70,7 +68,7 @@ class TextToImage:
         latent = encode_mean(self.model.vae, params["vae"], to_signed(batch["rgb"]))
         key_t, key_noise, key_drop, key_edit = jax.random.split(key, 4)
         index = batch["index"]
-        timesteps = sample_timesteps(self.timesteps, key_t, index, schedule.num_train_timesteps)
+        timesteps = sample_timesteps(self.timesteps, key_t, index, schedule)
         noise = per_example(key_noise, index, lambda k: jax.random.normal(k, latent.shape[1:]))
         drop = per_example(key_drop, index, jax.random.uniform) < self.caption_dropout
         ids = jnp.where(drop[:, None], jnp.asarray(self.empty_ids)[None], batch["input_ids"])

@@ -214,6 +214,9 @@ def _flat(description: Description) -> dict[str, Any]:
     """The config and the architectures, by dotted key, as JSON keeps them."""
     components = {name: c.to_dict() for name, c in description.components.items()}
     tree = json.loads(json.dumps({**description.config, **components}))
+    if str(tree.get("method", {}).get("timesteps")).startswith("file:"):
+        # The config names the file; what it held is in the method.
+        tree["table of method.timesteps"] = description.method.get("timesteps")
 
     def walk(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(node, dict) and node:

@@ -65,7 +65,7 @@ def train(
     """
     mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
     check_config(config, sharding.batch_devices(mesh))
-    setup = set_up(config)
+    setup = set_up(config, workdir)
     iterator = iter(_dataset(config, setup))
     checkpoints = Checkpoints(workdir, keep=config.keep)
     try:

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from jaxpercept.checkpoints.description import Description, architectures
+from jaxpercept.checkpoints.description import FILE_NAME, Description, architectures
 from jaxpercept.checkpoints.load import describe, load_model, tokenizer_folder
 from jaxpercept.checkpoints.tokenizer import Tokenize, padded_tokenizer
 from jaxpercept.checkpoints.widen import widen_conv_in
 from jaxpercept.config import check_resolution
+from jaxpercept.diffusion.timesteps import resolve
 from jaxpercept.errors import UserError
 from jaxpercept.methods import PERCEPTION, Method, OneStep, build_method, components_of
 from jaxpercept.models.config import UNetConfig, VAEConfig
@@ -40,8 +41,12 @@ class Setup:
     """The files of the tokenizer of a model whose images each have a text."""
 
 
-def set_up(config: Any) -> Setup:
+def set_up(config: Any, workdir: Path | None = None) -> Setup:
     """Build the method and the description of a run, reading no weights yet.
+
+    Args:
+        config: `jaxpercept.config.base_config()` with changes.
+        workdir: where the run lies, if it is continued: it keeps what may be gone elsewhere.
 
     Raises:
         UserError: the checkpoint, the method or the resolution do not fit.
@@ -52,6 +57,8 @@ def set_up(config: Any) -> Setup:
     name = config.method.name
     task = config.task if name in PERCEPTION else ""
     options = plain(config.method)
+    if "timesteps" in options:
+        options["timesteps"] = _without_file(options["timesteps"], workdir)
     task_options = plain(config.task_options) if task else {}
     architecture = plain(config.architecture)
     head = {key: value for key, value in architecture.pop("head", {}).items() if value is not None}
@@ -90,7 +97,11 @@ def set_up(config: Any) -> Setup:
         lora=_lora(config),
     )
     method = build_method(
-        description, dtype=config.compute_dtype, remat=config.remat, attention=config.attention
+        description,
+        dtype=config.compute_dtype,
+        remat=config.remat,
+        attention=config.attention,
+        batch_size=config.batch_size,
     )
     check_resolution(config.resolution, method.model.downscale)
     fixed = method.timesteps.fixed if isinstance(method, OneStep) else None
@@ -145,6 +156,21 @@ def initial_weights(config: Any, setup: Setup) -> tuple[Params, Params]:
     _check_decoder(config, trainable)
     _check_random(config, trainable)
     return _cast(trainable, "float32"), _cast(frozen, config.frozen_dtype)
+
+
+def _without_file(timesteps: str, workdir: Path | None) -> str:
+    """The policy with its table, if that is in a file, written out: a model needs no such file.
+
+    Nor does its run, once begun: where the file is gone, the table is that of the workdir.
+    """
+    name, _, table = timesteps.partition(":")
+    gone = name == "file" and not Path(table).is_file()
+    if gone and workdir is not None and (workdir / FILE_NAME).is_file():
+        before = Description.load(workdir)
+        if before.config.get("method", {}).get("timesteps") == timesteps:
+            logging.info("%s is gone: going on with the table the run began with.", table)
+            return before.method["timesteps"]
+    return resolve(timesteps)
 
 
 def _check_decoder(config: Any, trainable: Params) -> None:

@@ -19,7 +19,12 @@ from jaxpercept.data.datasets import DATASETS, Record, open_dataset
 from jaxpercept.errors import UserError
 from jaxpercept.inference.comparison import Comparison
 from jaxpercept.inference.eval_images import EvalImages, spread
-from jaxpercept.inference.measures import check_dataset, make_protocols, measure_of
+from jaxpercept.inference.measures import (
+    check_dataset,
+    make_protocols,
+    measure_name,
+    measure_of,
+)
 from jaxpercept.inference.options import Options
 from jaxpercept.inference.predictor import Params, PerceptionModel, Predictor, resolve_resolution
 from jaxpercept.inference.scoring import Scorer, Started, Tally, own_rows, settled
@@ -167,6 +172,7 @@ class Evaluator:
             "dataset": dataset,
             "split": records.split,
             "kind": self._task.kind,
+            "measure": measure_name(self._task),
             "images": len(indices),
             "names_sha256": hashlib.sha256("\n".join(self._images.names).encode()).hexdigest(),
             **self._measure.facts(next(iter(self._protocols.values())), row),
@@ -201,17 +207,17 @@ class Evaluator:
             ) as bar,
         ):
             for items, records, arrays in images.loaded(threads):
-                prediction = self._predictor(
+                predicted = self._predictor(
                     params,
                     arrays["rgb"],
                     resolution=self._resolution,
                     options=self._options,
                     first=items[0],
                     **{field: arrays[field] for field in self._texts},
-                ).prediction
+                )
                 if self._options.members > 1:  # merged on this process's first device
-                    prediction = np.asarray(prediction)
-                started = self._scorer.start(prediction, arrays)
+                    predicted = jax.tree.map(np.asarray, predicted)
+                started = self._scorer.start(predicted, arrays)
                 # The devices work on this batch while the host measures the one before.
                 if pending is not None:
                     self._collect(*pending, threads, tally, trivial, pictures)

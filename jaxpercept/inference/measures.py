@@ -25,6 +25,7 @@ from jaxpercept.metrics.keypoints import KeypointsProtocol
 from jaxpercept.metrics.matting import MattingProtocol
 from jaxpercept.metrics.normals import NormalsProtocol
 from jaxpercept.metrics.protocol import MetricProtocol
+from jaxpercept.metrics.referring import LIMITS, ReferringProtocol, ReleasedProtocol
 from jaxpercept.metrics.segmentation import SegmentationProtocol
 from jaxpercept.tasks import Task
 
@@ -39,7 +40,7 @@ _DETAIL = "/"
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """The evaluation of one kind of predictions.
+    """The evaluation of one kind of predictions, or of one task's.
 
     Attributes:
         target: what the dataset must have, of `data.row.TARGETS`.
@@ -86,16 +87,22 @@ class Measure:
         return Comparison(task.kind, record["rgb"], truth, valid, prediction, legend(task))
 
 
+def measure_name(task: Task) -> str:
+    """The key in `MEASURES` of a task: its own name, or else its kind."""
+    return task.name if task.name in MEASURES else task.kind
+
+
 def measure_of(task: Task) -> Measure:
     """The measure of a task's predictions; UserError if there is none.
 
     There is none, either, for a task of a known kind with a truth of its own.
     """
-    if task.kind not in MEASURES:
+    name = measure_name(task)
+    if name not in MEASURES:
         raise UserError(
             f"a model of {task.kind} cannot be evaluated, only one of {', '.join(MEASURES)}."
         )
-    measure = MEASURES[task.kind]
+    measure = MEASURES[name]
     if measure.target not in task.fields:
         raise UserError(
             f"the task {task.name!r} cannot be evaluated: no metric compares its {task.kind} with "
@@ -231,6 +238,11 @@ def _mattes(task: Task, row: Dataset, record: Record) -> dict[str, MattingProtoc
     return {title: MattingProtocol(variant) for title, variant in variants.items()}
 
 
+def _referring(task: Task, row: Dataset, record: Record) -> dict[str, MetricProtocol]:
+    """At the truth's size; what is painted also as ADDP measures it."""
+    return {"": ReferringProtocol()} | ({"addp": ReleasedProtocol()} if task.paint else {})
+
+
 # ---- classes -------------------------------------------------------------------------------------
 
 
@@ -301,6 +313,18 @@ MEASURES: dict[str, Measure] = {
         },
         facts=lambda protocol, row: {"definition": "pysod; isnet_...: IS-Net", "hce": protocol.hce},
     ),
+    "referring": Measure(
+        target="referred",
+        protocols=_referring,
+        baseline="centred ellipse",
+        average="oIoU over all pixels of the dataset, the rest over images",
+        columns={
+            "oIoU": "oiou",
+            "mIoU": "miou",
+            **{f"P@{limit}": f"p@{limit}" for limit in LIMITS},
+        },
+        facts=lambda protocol, row: {"definition": "above 0.5; addp_...: 512 x 512, by colour"},
+    ),
     "alpha": Measure(
         target="alpha",
         protocols=_mattes,
@@ -332,4 +356,4 @@ MEASURES: dict[str, Measure] = {
         facts=lambda protocol, row: {"size": protocol.size, "refinement": protocol.refinement},
     ),
 }
-"""By the kind of the task."""
+"""By the kind of the task, or by its name where other tasks of its kind have another truth."""

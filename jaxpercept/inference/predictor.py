@@ -57,12 +57,14 @@ class Prediction(NamedTuple):
     """Of n images: the task's maps, their uncertainty (None without an ensemble) and the latents.
 
     The latents are those of each member, image by image, padding included; mirrored ones are left
-    out.
+    out. `raw` is what the maps are made of, at the size the network worked at, before they are
+    resized and finished.
     """
 
     prediction: Float[Array, "n h w c"]
     uncertainty: Float[Array, "n h w d"] | None
     latent: Float[Array | np.ndarray, "m i j k"]
+    raw: Float[Array, "n y x e"] | None = None
 
 
 def processing_size(size: Size, resolution: int) -> Size:
@@ -196,7 +198,7 @@ class Predictor:
         finish = functools.partial(self._finish, output=output, method=options.resample_output)
         if uncertainty is not None:
             uncertainty = finish(uncertainty, kind="uncertainty")
-        return Prediction(finish(maps, kind="prediction"), uncertainty, latent)
+        return Prediction(finish(maps, kind="prediction"), uncertainty, latent, maps)
 
     def advance(
         self,

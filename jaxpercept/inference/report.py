@@ -54,7 +54,8 @@ def rows_of(
         facts: the `protocol` of a result.
         means, baseline: as in a result.
     """
-    columns = MEASURES[facts["kind"]].columns
+    # Earlier reports have the kind alone.
+    columns = MEASURES[facts.get("measure", facts["kind"])].columns
     parts = facts["parts"]
     used = {
         title: name

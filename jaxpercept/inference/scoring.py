@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Shaped
+from jaxtyping import Array
 
 from jaxpercept.data.datasets import Record
 from jaxpercept.inference.measures import Measure, Protocols, entry
+from jaxpercept.inference.predictor import Prediction
 from jaxpercept.metrics.protocol import DeviceProtocol, Row, add, over_hosts
 from jaxpercept.training import sharding
 
@@ -28,11 +29,13 @@ class Started(NamedTuple):
         prediction: of a batch.
         finite: whether each image's is, on every process.
         scores: what the device protocols' `batched` gave, by title.
+        raw: see `Prediction.raw`; None where no protocol measures it.
     """
 
     prediction: Array
     finite: Array
     scores: dict[str, dict[str, Array]]
+    raw: Array | None
 
 
 class Scorer:
@@ -49,6 +52,7 @@ class Scorer:
         self._measure, self._protocols = measure, protocols
         self._device = {t: p for t, p in protocols.items() if isinstance(p, DeviceProtocol)}
         self._host = {t: p for t, p in protocols.items() if t not in self._device}
+        self._raw = any(p.raw for p in self._host.values())
         self.fields = sorted({field for p in self._device.values() for field in p.fields})
         self._sharding = NamedSharding(mesh, sharding.BATCH)
         # Every process learns of an image that is not finite; scores stay with who has the image.
@@ -56,14 +60,20 @@ class Scorer:
             self._compare, out_shardings=(sharding.replicated(mesh), self._sharding)
         )
 
-    def start(
-        self, prediction: Shaped[Array | np.ndarray, "b h w c"], arrays: Mapping[str, Array]
-    ) -> Started:
-        """Begin with a batch; returns at once."""
-        if isinstance(prediction, np.ndarray):
-            prediction = sharding.put_tree(prediction, self._sharding)
+    def start(self, predicted: Prediction, arrays: Mapping[str, Array]) -> Started:
+        """Begin with a batch; returns at once.
+
+        Args:
+            predicted: of the batch; merged from ensembles, on the host.
+            arrays: `fields` of the batch, on the mesh.
+        """
+        prediction = self._placed(predicted.prediction)
         finite, scores = self._score(prediction, {field: arrays[field] for field in self.fields})
-        return Started(prediction, finite, scores)
+        raw = self._placed(predicted.raw) if self._raw else None
+        return Started(prediction, finite, scores, raw)
+
+    def _placed(self, rows: Array | np.ndarray) -> Array:
+        return sharding.put_tree(rows, self._sharding) if isinstance(rows, np.ndarray) else rows
 
     def _compare(self, prediction: Array, batch: Mapping[str, Array]) -> tuple[Array, Any]:
         finite = jnp.isfinite(prediction).all(axis=(1, 2, 3))
@@ -95,13 +105,18 @@ class Scorer:
         if not self._host:
             return on_devices
         predictions = own_rows(started.prediction)
+        raw = own_rows(started.raw) if self._raw else predictions
         return {
-            row: threads.submit(self._on_host, found, predictions[row], records[row])
+            row: threads.submit(self._on_host, found, predictions[row], raw[row], records[row])
             for row, found in on_devices.items()
         }
 
-    def _on_host(self, found: Rows, prediction: np.ndarray, record: Record) -> Rows:
-        measured = {t: p.per_image(prediction, record) for t, p in self._host.items()}
+    def _on_host(
+        self, found: Rows, prediction: np.ndarray, raw: np.ndarray, record: Record
+    ) -> Rows:
+        measured = {
+            t: p.per_image(raw if p.raw else prediction, record) for t, p in self._host.items()
+        }
         return {title: {**found, **measured}[title] for title in self._protocols}
 
     def trivial(self, record: Record) -> Rows:

@@ -247,6 +247,15 @@ def isnet_measures(
     }
 
 
+def centred_ellipse(mask: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "h w 1"]:
+    """1 inside an ellipse of the mask's area in the middle, of the image's proportions."""
+    y, x = (np.abs((np.arange(n) + 0.5) / n - 0.5) for n in mask.shape)
+    order = np.argsort((y[:, None] ** 2 + x**2).ravel(), kind="stable")
+    ellipse = np.zeros(mask.size, np.float32)
+    ellipse[order[: mask.sum()]] = 1
+    return ellipse.reshape(*mask.shape, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class DichotomousProtocol(MetricProtocol):
     """Evaluation of masks [h, w, 1].
@@ -323,12 +332,7 @@ class DichotomousProtocol(MetricProtocol):
 
         Salient objects tend to be there: harder to beat than any constant.
         """
-        mask = to_mask(np.asarray(record[self.field])[..., 0])
-        y, x = (np.abs((np.arange(n) + 0.5) / n - 0.5) for n in mask.shape)
-        order = np.argsort((y[:, None] ** 2 + x**2).ravel(), kind="stable")
-        trivial = np.zeros(mask.size, np.float32)
-        trivial[order[: mask.sum()]] = 1
-        return trivial.reshape(*mask.shape, 1)
+        return centred_ellipse(to_mask(np.asarray(record[self.field])[..., 0]))
 
     def summarise(self, total: Row) -> dict[str, float]:
         images = count_images(total)

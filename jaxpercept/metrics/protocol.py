@@ -9,7 +9,7 @@ image without a valid pixel has a row of zeros, `images` included, and so weighs
 import abc
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -28,10 +28,13 @@ class MetricProtocol(abc.ABC):
     Attributes:
       names: the keys of `summarise`, in the order to print.
       fields: the entries of a record that `per_image` reads.
+      raw: whether it measures the decoded map in [0, 1] at the size the network worked at, instead
+        of what the task makes of it at the image's own. Not of a `DeviceProtocol`.
     """
 
     names: tuple[str, ...]
     fields: tuple[str, ...]
+    raw: ClassVar[bool] = False
 
     def check(self, record: Record) -> None:  # noqa: B027 (most need no check)
         """Raises UserError if nothing can be measured against this record."""

@@ -86,7 +86,7 @@ def encoded(task, records):
 class Oracle:
     """Knows what each image decodes to."""
 
-    recipe = types.SimpleNamespace(draws_noise=False, num_steps=1)
+    recipe = types.SimpleNamespace(draws_noise=False, num_steps=1, guidance=(1.0, 1.0))
     model = types.SimpleNamespace(downscale=2)
     targets = 1
 
@@ -96,6 +96,9 @@ class Oracle:
 
     def encode(self, params, rgb):
         return rgb
+
+    def embed(self, params, input_ids):
+        return input_ids[..., None].astype(jnp.float32)
 
     def predict(self, params, image, noise=None, **options):
         differences = jnp.abs(image[:, None] - self.images[None]).sum(axis=(2, 3, 4))

@@ -70,8 +70,12 @@ def decoded_of(task, records):
     return task.encode_target(batch).image
 
 
+def tokenize(texts):
+    return np.array([[len(text)] for text in texts], np.int32)
+
+
 def run(task, records, decoded, mesh=ONE_DEVICE, **options):
-    options = {"overrides": None, **options}
+    options = {"overrides": None, "tokenize": tokenize, **options}
     return evaluated(Oracle(task, records, decoded), "rectangles", mesh, **options)
 
 
@@ -113,7 +117,7 @@ def test_both_protocols_get_what_they_measure(records, rng, where):
             super().__init__(task, records, decoded)
             self.images = resize(self.images, small, "bilinear", antialias=True)
 
-    options = {**OPTIONS, "overrides": None, "processing_resolution": 28}
+    options = {**OPTIONS, "overrides": None, "processing_resolution": 28, "tokenize": tokenize}
     if where == "an ensemble":
         options["options"] = Options(flip=True)
     mesh = make_mesh(data=8) if where == "eight devices" else ONE_DEVICE
@@ -138,10 +142,10 @@ def test_both_protocols_get_what_they_measure(records, rng, where):
 
 
 def test_a_dataset_without_referred_objects_is_refused():
-    with pytest.raises(UserError, match="'scenes' has no referred to evaluate against"):
+    with pytest.raises(UserError, match="'objects' has no referred to evaluate against"):
         evaluator.Evaluator(
             Oracle(PAINTED, [{"rgb": np.zeros((*SIZE, 3), np.uint8)}], None),
-            "scenes",
+            "objects",
             mesh=ONE_DEVICE,
             **OPTIONS,
         )

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import jax
 from absl import flags, logging
 
+from jaxpercept.diffusion.guidance import COMBINE
 from jaxpercept.errors import UserError
 
 _PACKAGE = str(Path(__file__).parent)
@@ -120,6 +121,20 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
         "flip", False, "Also predict for the mirrored image, and merge.", flag_values=flag_values
     )
     flags.DEFINE_integer("seed", 0, "Of the noise.", flag_values=flag_values)
+    text = {
+        "text_guidance": "How strongly the prompt pulls, for models that look for what it names",
+        "image_guidance": "How strongly the image pulls, for those of InstructPix2Pix",
+        "correction_guidance": "How strongly a correction pushes away from what is unwanted",
+    }
+    for name, meaning in text.items():
+        flags.DEFINE_float(name, None, f"{meaning}; default: the model's.", flag_values=flag_values)
+    flags.DEFINE_enum(
+        "correction",
+        None,
+        COMBINE,
+        "How a correction goes with the other guidance, see docs/inference.md; default: add.",
+        flag_values=flag_values,
+    )
 
 
 def initialize_distributed() -> None:

@@ -120,6 +120,19 @@ flags.DEFINE_list(
     "KEY=VALUE,... of the dataset, such as crop, list_file, columns, normals_axes, first_class.",
     flag_values=FLAGS,
 )
+flags.DEFINE_integer(
+    "corrections",
+    0,
+    "Of referring segmentation: tell the model of so many other things of each image, such as "
+    "another ball, that they are not what its phrase names.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_float(
+    "resume",
+    0.5,
+    "With --corrections: the share of the steps that are taken before.",
+    flag_values=FLAGS,
+)
 cli.define_model_flags(FLAGS)
 flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.", flag_values=FLAGS)
 OWN_FLAGS = tuple(FLAGS)
@@ -128,6 +141,7 @@ REQUIRED = ("checkpoint",)
 _OF_ONE = (
     *("dataset", "data_dir", "split", "held_out", "options"),
     *("depth_scale", "min_depth", "max_depth", "eval_crop"),
+    *("corrections", "resume"),
 )
 
 
@@ -149,6 +163,8 @@ def evaluate(
     max_depth: float | None = None,
     eval_crop: str | None = None,
     options: Mapping[str, Any] | None = None,
+    corrections: int = 0,
+    resume: float = 0.5,
     **opening: Any,
 ) -> EvalResult:
     """Evaluate, print the table and write the files, as the module's text says.
@@ -176,6 +192,8 @@ def evaluate(
         processing_resolution=processing_resolution,
         limit=limit,
         overrides={**overrides, **(options or {})},
+        corrections=corrections,
+        resume=resume,
         **_protocol_options(alignment, hce),
     )
 
@@ -294,7 +312,7 @@ def main() -> int:
             "--suite needs --data_root or --data_dir, the folder with a folder for each dataset."
         )
     for name in _OF_ONE:
-        if values.pop(name) is not None:
+        if values.pop(name) != FLAGS[name].default:
             raise UserError(f"--{name} is of one dataset: leave it out with --suite.")
     lines = evaluate_suite(suite=suite, data_root=data_root, **values)
     failed = [line for line in lines if line.status == "failed"]

@@ -60,6 +60,12 @@ flags.DEFINE_integer(
     "batch_size", None, "Predictions at a time; default: one a device.", flag_values=FLAGS
 )
 cli.define_model_flags(FLAGS)
+flags.DEFINE_string(
+    "unwanted",
+    "",
+    "What a model that looks for what --prompt names took for it and should not.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_integer(
     "tile",
     0,
@@ -97,6 +103,12 @@ REQUIRED = ("checkpoint", "input", "output")
 _MANY_SIZES = 5  # from so many on, compiling takes longer than most folders' predictions
 _OPENING = ("task", "family", "base", "vae", "decoder", "lora", "prompt", "vae_tile")
 _OPENING += ("pad_multiple", "dtype")
+_GUIDANCE = {
+    "text": "text_guidance",
+    "image": "image_guidance",
+    "correction": "correction_guidance",
+    "combine": "correction",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +171,9 @@ def predict(
     opening = {name: options.pop(name) for name in _OPENING if name in options}
     pipeline = PerceptionPipeline.from_pretrained(checkpoint, **opening)
     _check_point_cloud(pipeline, files)
+    options["guidance"] = pipeline.perception.guidance(
+        **{name: options.pop(flag, None) for name, flag in _GUIDANCE.items()}
+    )
     if sequence:
         return _predict_sequence(pipeline, jobs, Path(output), files, options)
     # Every process writes the predictions of its own share.

@@ -55,6 +55,7 @@ def records(rng, monkeypatch):
         made.append(
             {"rgb": rgb, "referred": referred, "valid": np.ones((*SIZE, 1), bool)}
             | {"caption": "the rectangle", "name": f"image {number}"}
+            | {"distractors": ["the box", "the ball", "the cone"][: 2 * number]}
         )
 
     def opened(name, *, targets, **options):
@@ -139,6 +140,52 @@ def test_both_protocols_get_what_they_measure(records, rng, where):
         for name, value in protocol.summarise(add(rows)).items():
             assert result.means[title + name] == pytest.approx(value, abs=2e-3), name
     assert result.means["miou"] < 0.99
+
+
+class Corrected(Oracle):
+    """Is right where it is told what `expected` says, by the length of the text, in each image."""
+
+    expected: tuple[str, ...]
+
+    def predict(self, params, image, noise=None, *, text, **options):
+        decoded, latent = super().predict(params, image)
+        told = text.wanted if text.unwanted is None else text.unwanted
+        lengths = jnp.asarray([len(words) for words in self.expected])
+        number = jnp.abs(image[:, None] - self.images[None]).sum(axis=(2, 3, 4)).argmin(axis=1)
+        right = told[:, 0, 0] == lengths[number]
+        return jnp.where(right[:, None, None, None], decoded, -1), latent
+
+
+@pytest.mark.parametrize(
+    ("corrections", "expected"),
+    [
+        (0, ("the rectangle",) * 3),
+        (1, ("the rectangle", "the box", "the box")),
+        (3, ("the rectangle", "the box and the ball", "the box and the ball and the cone")),
+    ],
+)
+def test_corrections_name_what_else_there_is(records, corrections, expected):
+    perception = Corrected(MASK, records, decoded_of(MASK, records))
+    perception.expected = expected
+    given = {"overrides": None, "tokenize": tokenize, "corrections": corrections}
+    result = evaluated(perception, "rectangles", **given)
+    assert result.means["miou"] == 1
+    perception.expected = ("something else",) * 3
+    assert evaluated(perception, "rectangles", **given).means["miou"] == 0
+
+
+def test_what_cannot_be_corrected_is_refused(records):
+    perception = Oracle(MASK, records, decoded_of(MASK, records))
+    for options, words in (
+        ({"corrections": -1}, "--corrections of 0 or more"),
+        ({"corrections": 1, "resume": 1.0}, r"--resume in \[0, 1\)"),
+        ({"corrections": 1, "options": Options(flip=True)}, "leave the ensemble out"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluated(perception, "rectangles", overrides=None, tokenize=tokenize, **options)
+    depth = Oracle(get_task("depth"), records, None)
+    with pytest.raises(UserError, match="leave --corrections out"):
+        evaluator._texts_of(depth.task, tokenize, 1)
 
 
 def test_a_dataset_without_referred_objects_is_refused():

@@ -75,6 +75,10 @@ def open_model(
     ensemble_size: int = 1,
     flip: bool = False,
     seed: int = 0,
+    text_guidance: float | None = None,
+    image_guidance: float | None = None,
+    correction_guidance: float | None = None,
+    correction: str | None = None,
     dtype: str = "float32",
     identify: bool = False,
 ) -> Model:
@@ -92,7 +96,16 @@ def open_model(
     description, params = open_perception(checkpoint, **described)
     perception = perception_of(description, dtype=dtype, vae_tile=vae_tile, checkpoint=checkpoint)
     options = Options(
-        num_steps=num_inference_steps, ensemble_size=ensemble_size, flip=flip, seed=seed
+        num_steps=num_inference_steps,
+        ensemble_size=ensemble_size,
+        flip=flip,
+        seed=seed,
+        guidance=perception.guidance(
+            text=text_guidance,
+            image=image_guidance,
+            correction=correction_guidance,
+            combine=correction,
+        ),
     )
     check_options(perception, options)
     mesh = sharding.make_mesh()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 from tqdm import tqdm
 
 from jaxpercept.checkpoints.tokenizer import Tokenize
@@ -79,6 +80,9 @@ class Evaluator:
         progress: show progress bars.
         predictor: a `Predictor` of the same model and mesh, whose programs are used again.
         tokenize: reads the captions, for a model that looks for what they name.
+        corrections: so many of the things of each image that might be taken for what its caption
+            names (`distractors`) are called unwanted, as `inference.correction.Script` does.
+        resume: the share of the steps before, which are without correction.
         protocol_options: of the kind's protocols: `alignment` of depth and disparity, `hce` of
             masks.
 
@@ -104,6 +108,8 @@ class Evaluator:
         progress: bool = True,
         predictor: Predictor | None = None,
         tokenize: Tokenize | None = None,
+        corrections: int = 0,
+        resume: float = 0.5,
         **protocol_options: Any,
     ):
         if batch_size < 1 or limit < 0:
@@ -132,13 +138,12 @@ class Evaluator:
         if not len(records):
             raise UserError(f"the split {records.split!r} of dataset {dataset!r} is empty.")
         indices = spread(len(records), limit)
-        self._texts = ("input_ids",) if self._task.reads_text else ()
-        if self._texts and tokenize is None:
-            raise UserError("this model looks for what a text names: give its tokenizer.")
+        self._texts = _texts_of(self._task, tokenize, corrections)
+        self._first_step = _steps_before(perception, self._options, corrections, resume)
 
         def prepare(record: Record) -> Record:
             record = self._measure.prepare(record)
-            return {**record, **{name: tokenize([record["caption"]])[0] for name in self._texts}}
+            return {**record, **{name: read(record) for name, read in self._texts.items()}}
 
         sample = self._measure.prepare(records[indices[0]])
         self._protocols = make_protocols(self._measure, self._task, row, sample, protocol_options)
@@ -182,6 +187,7 @@ class Evaluator:
             "ensemble_size": self._options.ensemble_size,
             "flip": self._options.flip,
             "seed": self._options.seed,
+            **({"corrections": corrections, "resume": resume} if corrections else {}),
             "parts": list(self._protocols),
             "baseline": self._measure.baseline,
             "average": self._measure.average,
@@ -207,14 +213,7 @@ class Evaluator:
             ) as bar,
         ):
             for items, records, arrays in images.loaded(threads):
-                predicted = self._predictor(
-                    params,
-                    arrays["rgb"],
-                    resolution=self._resolution,
-                    options=self._options,
-                    first=items[0],
-                    **{field: arrays[field] for field in self._texts},
-                )
+                predicted = self._predict(params, arrays, items[0])
                 if self._options.members > 1:  # merged on this process's first device
                     predicted = jax.tree.map(np.asarray, predicted)
                 started = self._scorer.start(predicted, arrays)
@@ -242,6 +241,15 @@ class Evaluator:
             pictures=[pictures[item] for item in sorted(pictures)],
             protocol=self.protocol,
         )
+
+    def _predict(self, params: Params, arrays: Mapping[str, Array], first: int) -> Prediction:
+        options = {"resolution": self._resolution, "options": self._options, "first": first}
+        options |= {field: arrays[field] for field in self._texts}
+        if self._first_step:
+            before = {name: value for name, value in options.items() if name != "unwanted_ids"}
+            x = self._predictor.advance(params, arrays["rgb"], until=self._first_step, **before)
+            options |= {"latents": np.asarray(x), "first_step": self._first_step}
+        return self._predictor(params, arrays["rgb"], **options)
 
     def _collect(
         self,
@@ -276,3 +284,44 @@ class Evaluator:
             tally.add(items[row], rows)
         for row, rows in settled(constants).items():
             trivial.add(items[row], rows)
+
+
+def _texts_of(
+    task: Any, tokenize: Tokenize | None, corrections: int
+) -> dict[str, Callable[[Record], np.ndarray]]:
+    """Batch field -> what reads its token ids off a record.
+
+    Raises:
+        UserError: the task reads no text to be corrected, or there is no tokenizer.
+    """
+    if not task.reads_text:
+        if corrections:
+            raise UserError(
+                f"the task {task.name!r} looks for nothing that a text names: leave --corrections "
+                "out."
+            )
+        return {}
+    if tokenize is None:
+        raise UserError("this model looks for what a text names: give its tokenizer.")
+
+    def unwanted(record: Record) -> np.ndarray:
+        # Away from the thing itself is nowhere: what has no distractor is not corrected.
+        texts = record["distractors"][:corrections] or [record["caption"]]
+        return tokenize([" and ".join(texts)])[0]
+
+    readers = {"input_ids": lambda record: tokenize([record["caption"]])[0]}
+    return readers | ({"unwanted_ids": unwanted} if corrections else {})
+
+
+def _steps_before(
+    perception: PerceptionModel, options: Options, corrections: int, resume: float
+) -> int:
+    """The steps that are taken before a correction."""
+    if corrections < 0 or not 0 <= resume < 1:
+        raise UserError(
+            f"give --corrections of 0 or more and --resume in [0, 1), not {corrections} and "
+            f"{resume}."
+        )
+    if corrections and options.members > 1:
+        raise UserError("corrections are of single predictions: leave the ensemble out.")
+    return int(resume * (options.num_steps or perception.recipe.num_steps)) if corrections else 0

@@ -171,6 +171,17 @@ class Perception:
 
         return guided
 
+    def guidance(self, **changes: float | str | None) -> Guidance | None:
+        """The recipe's guidance with attributes that are given changed; None: none is.
+
+        Raises:
+            UserError: there is no such guidance.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        if not given:
+            return None
+        return dataclasses.replace(Guidance(*self.recipe.guidance), **given)
+
     def unet_input(
         self, image: Float[Array, "b i j c"], x: Float[Array, "b i j k"]
     ) -> Float[Array, "b i j d"]:

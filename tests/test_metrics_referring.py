@@ -210,6 +210,14 @@ def test_fifty_is_too_far():
         assert released_mask(np.full((8, 8, 3), colour, np.uint8)).all() == near
 
 
+@pytest.mark.parametrize("size", [(30, 40), (1500, 700)])
+def test_the_truth_takes_nearest_pixels(rng, size):
+    """Of each of the 512 places, the pixel in which its middle lies."""
+    mask = rng.random(size) < 0.5
+    rows, columns = (((np.arange(512) + 0.5) * n / 512).astype(int) for n in size)
+    np.testing.assert_array_equal(released_truth(mask), mask[rows][:, columns])
+
+
 def test_the_released_protocol(rng):
     """A small painted image against a truth of another size and shape, both at 512."""
     protocol, pairs, expected = ReleasedProtocol(), [], []
@@ -221,10 +229,7 @@ def test_the_released_protocol(rng):
         small = np.asarray(Image.fromarray(truth[..., 0]).resize((24, 16))) > 0.3
         painted[small] = 1, 0.05, 0
         pairs.append((painted, {"referred": truth, "valid": valid}))
-        # The pixel of each of the 512 places, by its middle.
-        rows, columns = (((np.arange(512) + 0.5) * n / 512).astype(int) for n in (30, 40))
-        true, used = (x[rows][:, columns, 0] > 0 for x in (truth, valid))
-        np.testing.assert_array_equal(released_truth(truth[..., 0] > 0), true)
+        true, used = (released_truth(x[..., 0] > 0) for x in (truth, valid))
         found = released_mask(painted)
         expected.append(((found & true & used).sum(), ((found | true) & used).sum()))
     result = summary(protocol, pairs)

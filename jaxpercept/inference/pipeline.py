@@ -237,7 +237,7 @@ class PerceptionPipeline:
             match_input=match_input_resolution,
             first_step=first_step,
         )
-        prediction, uncertainty, latent = (
+        prediction, uncertainty, latent, _ = (
             None if parts[0] is None else np.concatenate(parts).astype(np.float32)
             for parts in zip(*predictions, strict=True)
         )
@@ -353,7 +353,7 @@ class PerceptionPipeline:
                 **{name: put_rows(ids[items], padded, self.mesh) for name, ids in texts.items()},
                 **given,
             )
-            answer = jax.tree.map(np.asarray, prediction)
+            answer = jax.tree.map(np.asarray, prediction._replace(raw=None))
             wanted = Prediction(
                 answer.prediction[: len(items)],
                 answer.uncertainty,

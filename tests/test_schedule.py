@@ -42,7 +42,8 @@ def test_alphas_cumprod_equal_diffusers(levels, zero_snr, oracle):
     ours, theirs = pair({**levels, "rescale_betas_zero_snr": zero_snr}, oracle)
     # diffusers divides 0 by 0 where ᾱ underflows before it is rescaled.
     expected = np.nan_to_num(theirs.alphas_cumprod.numpy())
-    np.testing.assert_allclose(ours.alphas_cumprod, expected, rtol=2e-7, atol=6e-8)
+    # A few roundings apart: torch multiplies in an order that hangs on the processor.
+    np.testing.assert_allclose(ours.alphas_cumprod, expected, rtol=1e-6, atol=6e-8)
     assert ours.alphas_cumprod.dtype == np.float32
     if zero_snr:
         assert ours.alphas_cumprod[-1] == 0

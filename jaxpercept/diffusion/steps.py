@@ -70,6 +70,18 @@ class Steps:
         return Steps(table, scale, self.clip, self.first + start)
 
 
+class Row(NamedTuple):
+    """A step, or several below each other, as arrays: what a compiled program can be given.
+
+    Attributes:
+      number: of the step in the whole trajectory, which its noise depends on.
+      table: its coefficients.
+    """
+
+    number: Int[Array | np.ndarray, "*n"]
+    table: Table
+
+
 class Trajectory(NamedTuple):
     """What happened in n steps.
 
@@ -105,10 +117,10 @@ def sample(
       (last sample, last predicted x_0), float32. Marigold decodes the first, GenPercept and
       E2E-FT the second.
     """
-    step = _step(steps, predict_fn, latents, key, index)
+    step = _step(steps, predict_fn, key, index)
     x = latents.astype(jnp.float32) * steps.initial_scale
     (x, x0), _ = jax.lax.scan(
-        lambda carry, row: (step(carry[0], row), None), (x, jnp.zeros_like(x)), _rows(steps)
+        lambda carry, row: (step(carry[0], row), None), (x, jnp.zeros_like(x)), rows(steps)
     )
     return x, x0
 
@@ -122,50 +134,78 @@ def trajectory(
     index: Int[Array, "b"] | None = None,
 ) -> Trajectory:
     """All that `sample` passes through; its arguments."""
-    step = _step(steps, predict_fn, latents, key, index)
+    step = _step(steps, predict_fn, key, index)
 
-    def keeping(x: Array, row: tuple[Array, Table]) -> tuple[Array, tuple[Array, Array]]:
+    def keeping(x: Array, row: Row) -> tuple[Array, tuple[Array, Array]]:
         following, x0 = step(x, row)
         return following, (x, x0)
 
     x = latents.astype(jnp.float32) * steps.initial_scale
-    last, (x, x0) = jax.lax.scan(keeping, x, _rows(steps))
+    last, (x, x0) = jax.lax.scan(keeping, x, rows(steps))
     return Trajectory(x, x0, last)
 
 
-def _rows(steps: Steps) -> tuple[np.ndarray, Table]:
-    """What the scan reads: the steps' numbers and coefficients."""
+def rows(steps: Steps) -> Row:
+    """The steps below each other, in float32."""
     table = jax.tree.map(lambda column: np.asarray(column, np.float32), steps.table)
-    return np.arange(steps.first, steps.first + len(steps)), table
+    return Row(np.arange(steps.first, steps.first + len(steps)), table)
+
+
+def take(
+    row: Row,
+    predict_fn: PredictFn,
+    x: Float[Array, "b *d"],
+    *,
+    clip: float | None = None,
+    key: Key[Array, ""] | None = None,
+    index: Int[Array, "b"] | None = None,
+) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
+    """One step; `sample` takes one after the other.
+
+    Args:
+      row: the step. It may be an argument of a compiled program, which then serves for any.
+      predict_fn, index: as for `sample`.
+      x: the sample before it.
+      clip: of the `Steps`.
+      key: as for `sample`; None for a step that draws no noise.
+
+    Returns:
+      The sample after it, and what it predicts.
+    """
+    number, table = row
+    output = predict_fn(table.scale * x, jnp.full(x.shape[0], table.timestep)).astype(jnp.float32)
+    x0 = table.x0_of_x * x + table.x0_of_output * output
+    if clip is not None:
+        x0 = jnp.clip(x0, -clip, clip)
+    following = table.next_of_x * x + table.next_of_output * output + table.next_of_x0 * x0
+    if key is None:
+        return following, x0
+
+    def draw(key: Key[Array, ""]) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, number), x.shape[1:])
+
+    index = jnp.arange(x.shape[0]) if index is None else index
+    return following + table.next_of_noise * per_example(key, index, draw), x0
+
+
+def draws_noise(steps: Steps) -> bool:
+    """Whether noise is drawn between the steps."""
+    return bool(np.any(steps.table.next_of_noise))
 
 
 def _step(
     steps: Steps,
     predict_fn: PredictFn,
-    latents: Float[Array, "b *d"],
     key: Key[Array, ""] | None,
     index: Int[Array, "b"] | None,
-) -> Callable[[Array, tuple[Array, Table]], tuple[Array, Array]]:
-    """(x, (number, row)) -> (next x, x_0)."""
-    draws = bool(np.any(steps.table.next_of_noise))
+) -> Callable[[Array, Row], tuple[Array, Array]]:
+    """(x, row) -> (next x, x_0)."""
+    draws = draws_noise(steps)
     if draws and key is None:
         raise ValueError("these steps draw noise: give a key")
-    batch = latents.shape[0]
-    index = jnp.arange(batch) if index is None else index
 
-    def noise(number: Int[Array, ""]) -> Float[Array, "b *d"]:
-        def draw(key: Key[Array, ""]) -> Array:
-            return jax.random.normal(jax.random.fold_in(key, number), latents.shape[1:])
-
-        return per_example(key, index, draw)
-
-    def step(x: Array, inputs: tuple[Array, Table]) -> tuple[Array, Array]:
-        number, row = inputs
-        output = predict_fn(row.scale * x, jnp.full(batch, row.timestep)).astype(jnp.float32)
-        x0 = row.x0_of_x * x + row.x0_of_output * output
-        if steps.clip is not None:
-            x0 = jnp.clip(x0, -steps.clip, steps.clip)
-        x = row.next_of_x * x + row.next_of_output * output + row.next_of_x0 * x0
-        return (x + row.next_of_noise * noise(number)) if draws else x, x0
+    def step(x: Array, row: Row) -> tuple[Array, Array]:
+        own = key if draws else None
+        return take(row, predict_fn, x, clip=steps.clip, key=own, index=index)
 
     return step

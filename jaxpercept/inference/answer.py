@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxpercept.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class PerceptionOutput:
@@ -47,6 +49,15 @@ class PerceptionOutput:
     ensemble_size: int = 1
     target_properties: dict[str, Any] | None = None
     legend: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def check_finite(prediction: Float[np.ndarray, "n h w c"], checkpoint: str) -> None:
+    """Raises a UserError where a prediction is no number."""
+    if not np.isfinite(prediction).all():
+        raise UserError(
+            f"{checkpoint or 'the model'} predicts values that are not finite: its weights are "
+            "damaged, or need dtype float32 or bfloat16."
+        )
 
 
 def targets_apart(maps: Float[np.ndarray, "n h w c"], targets: int) -> Float[np.ndarray, "m h w d"]:

@@ -22,6 +22,7 @@ from jaxpercept.checkpoints.weights import read_json
 from jaxpercept.diffusion.guidance import Guidance
 from jaxpercept.errors import UserError
 from jaxpercept.inference.pipeline import PerceptionPipeline
+from jaxpercept.inference.stepwise import Glimpse
 
 QUESTION = "This is an image of {caption}. What might confuse the segmentation of {prompt}?"
 """ADDP's, from its figure 1."""
@@ -161,34 +162,57 @@ class Session:
             raise UserError(f"resume is {resume}: give a share of the steps from 0 to below 1.")
         self._pipe, self._image, self._prompt = pipe, image, prompt
         self._steps = num_inference_steps or pipe.perception.recipe.num_steps
-        self._options = {"num_inference_steps": num_inference_steps, **options}
-        self._guidance = guidance
+        self._options = {
+            "num_inference_steps": num_inference_steps,
+            "guidance": guidance,
+            **options,
+        }
         self._first = int(resume * self._steps)
         self._latents: np.ndarray | None = None
         self.rounds: list[Round] = []
 
     def predict(self, unwanted: str = "") -> Round:
         """The next round: the first without, later ones with a correction."""
-        before = self.rounds[-1].unwanted if self.rounds else ()
-        texts = (*before, unwanted) if unwanted else before
-        start, steps = time.perf_counter(), self._steps - self._first
-        options = {**self._options, "guidance": self._guidance}
+        start, texts, steps = time.perf_counter(), self._all(unwanted), self._steps - self._first
         if self._first and self._latents is None:
             steps = self._steps
-            self._latents = self._pipe.advance(self._image, self._prompt, self._first, **options)
-        out = self._pipe(
-            self._image,
-            prompt=self._prompt,
-            unwanted=" and ".join(texts),
-            latents=self._latents,
-            first_step=self._first,
-            **options,
-        )
-        seconds = time.perf_counter() - start
-        number = len(self.rounds)
-        done = Round(number, self._prompt, texts, out.prediction[0], steps, seconds)
-        self.rounds.append(done)
-        return done
+            self._latents = self._pipe.advance(
+                self._image, self._prompt, self._first, **self._options
+            )
+        out = self._pipe(self._image, **self._going_on(texts))
+        return self._append(texts, out.prediction[0], steps, start)
+
+    def watch(self, unwanted: str = "") -> Iterator[Glimpse]:
+        """The next round as `predict`, with a glimpse after each step.
+
+        It is one of `rounds` after the last glimpse, and only then.
+        """
+        start, texts = time.perf_counter(), self._all(unwanted)
+        glimpses, steps = self._pipe.watch(self._image, **self._going_on(texts)), 0
+        for steps, glimpse in enumerate(glimpses, start=1):
+            if glimpse.step == self._first:
+                self._latents = glimpse.latents()
+            if glimpse.step == glimpse.steps:
+                self._append(texts, glimpse.prediction()[0], steps, start)
+            yield glimpse
+
+    def _all(self, unwanted: str) -> tuple[str, ...]:
+        before = self.rounds[-1].unwanted if self.rounds else ()
+        return (*before, unwanted) if unwanted else before
+
+    def _going_on(self, texts: Sequence[str]) -> dict[str, Any]:
+        """What a call is told: from the step on that the rounds have in common, if it is known."""
+        told = {**self._options, "prompt": self._prompt, "unwanted": " and ".join(texts)}
+        if self._latents is not None:
+            told |= {"latents": self._latents, "first_step": self._first}
+        return told
+
+    def _append(
+        self, texts: tuple[str, ...], prediction: np.ndarray, steps: int, start: float
+    ) -> Round:
+        seconds, number = time.perf_counter() - start, len(self.rounds)
+        self.rounds.append(Round(number, self._prompt, texts, prediction, steps, seconds))
+        return self.rounds[-1]
 
     def run(
         self,

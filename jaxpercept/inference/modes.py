@@ -1,4 +1,5 @@
-"""Other ways to predict with a pipeline than image by image: in tiles, and frame by frame.
+"""Other ways to predict with a pipeline than image by image: in tiles, frame by frame, and step by
+step.
 
 The functions are methods of `pipeline.PerceptionPipeline`, their first argument.
 """
@@ -12,13 +13,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxpercept.diffusion.guidance import Guidance
 from jaxpercept.errors import UserError
-from jaxpercept.inference.answer import PerceptionOutput
+from jaxpercept.inference.answer import PerceptionOutput, check_finite
+from jaxpercept.inference.batches import put_rows
 from jaxpercept.inference.images import to_batch
+from jaxpercept.inference.options import Options, check_options
 from jaxpercept.inference.outputs import KINDS
-from jaxpercept.inference.predictor import processing_size, resolve_resolution
+from jaxpercept.inference.predictor import processing_size
 from jaxpercept.inference.sequence import SharedScale, next_latents
+from jaxpercept.inference.stepwise import Glimpse
+from jaxpercept.inference.texts import Texts
 from jaxpercept.inference.tiles import cut_tiles, merge_tiles, plan_tiles
+from jaxpercept.training import sharding
 
 # Merging tiles by a task's `merge`.
 _TILES = {"affine": "affine", "normals": "unit", "average": "none"}
@@ -74,6 +81,63 @@ def tiled(
     return dataclasses.replace(parts, prediction=np.stack(merged), uncertainty=None)
 
 
+def watch(
+    pipe: Any,
+    image: Any,
+    prompt: Texts = "",
+    *,
+    unwanted: Texts = "",
+    latents: Any = None,
+    first_step: int = 0,
+    num_inference_steps: int | None = None,
+    processing_resolution: int | None = None,
+    seed: int = 0,
+    guidance: Guidance | None = None,
+) -> Iterator[Glimpse]:
+    """Predict for images of one size, with a glimpse of the prediction after each step.
+
+    The last one shows what a call returns. Arguments as for a call; models of one step and those
+    with a DPT head give one glimpse.
+
+    Raises:
+        UserError: as a call.
+    """
+    given = {"num_inference_steps": num_inference_steps, "seed": seed, "guidance": guidance}
+    options = Options(num_steps=num_inference_steps, seed=seed, guidance=guidance)
+    check_options(pipe.perception, options)
+    if pipe.perception.recipe.timesteps is not None:
+        out = pipe(
+            image,
+            prompt=prompt,
+            unwanted=unwanted,
+            processing_resolution=processing_resolution,
+            **given,
+        )
+        yield Glimpse(1, 1, latents=lambda: out.latent, prediction=lambda: out.prediction)
+        return
+    images = to_batch(image)
+    params, texts = pipe._texts(prompt or pipe._prompt, unwanted, len(images))
+    size = processing_size(images.shape[1:3], pipe._resolution(processing_resolution))
+    if latents is not None:
+        latents = pipe._noise(latents, len(images), size)
+    rows = sharding.batch_devices(pipe.mesh)
+    ids = {name: put_rows(array, rows, pipe.mesh) for name, array in texts.items()}
+    glimpses = pipe._predictor.stepwise(
+        params,
+        put_rows(images, rows, pipe.mesh),
+        size=size,
+        count=len(images),
+        options=options,
+        latents=latents,
+        first_step=first_step,
+        **ids,
+    )
+    for glimpse in glimpses:
+        if glimpse.step == glimpse.steps:
+            check_finite(glimpse.prediction(), pipe.checkpoint)
+        yield glimpse
+
+
 def sequence(
     pipe: Any,
     frames: Iterable[Any],
@@ -121,8 +185,6 @@ def sequence(
 def _fixed_noise(
     pipe: Any, frame: Any, resolution: int | None, seed: int, options: Mapping[str, Any]
 ) -> Float[np.ndarray, "m i j k"]:
-    factor = pipe.perception.model.downscale
-    resolution = resolve_resolution(resolution, pipe.description.resolution, factor)
-    size = processing_size(to_batch(frame).shape[1:3], resolution)
+    size = processing_size(to_batch(frame).shape[1:3], pipe._resolution(resolution))
     shape = pipe._latent_shape(options.get("ensemble_size", 1), size)
     return np.random.default_rng(seed).standard_normal(shape, np.float32)

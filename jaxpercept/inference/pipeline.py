@@ -20,7 +20,7 @@ from jaxpercept.checkpoints.tokenizer import Tokenize
 from jaxpercept.diffusion.guidance import Guidance
 from jaxpercept.errors import UserError
 from jaxpercept.inference import modes
-from jaxpercept.inference.answer import PerceptionOutput, targets_apart
+from jaxpercept.inference.answer import PerceptionOutput, check_finite, targets_apart
 from jaxpercept.inference.batches import local_mesh, plan_batches, put_rows
 from jaxpercept.inference.images import to_batch
 from jaxpercept.inference.opening import (
@@ -217,10 +217,9 @@ class PerceptionPipeline:
             guidance=guidance,
         )
         check_options(self.perception, options)
-        if latents is not None and not self.perception.recipe.draws_noise:
+        if latents is not None and not (self.perception.recipe.draws_noise or first_step):
             raise UserError("this model starts from the image, not from noise: leave latents out.")
-        factor = self.perception.model.downscale
-        resolution = resolve_resolution(processing_resolution, self.description.resolution, factor)
+        resolution = self._resolution(processing_resolution)
         images = to_batch(image)
         params, texts = self._texts(prompt or self._prompt, unwanted, len(images))
         if latents is not None:
@@ -241,11 +240,7 @@ class PerceptionPipeline:
             None if parts[0] is None else np.concatenate(parts).astype(np.float32)
             for parts in zip(*predictions, strict=True)
         )
-        if not np.isfinite(prediction).all():
-            raise UserError(
-                f"{self.checkpoint or 'the model'} predicts values that are not finite: its "
-                "weights are damaged, or need dtype float32 or bfloat16."
-            )
+        check_finite(prediction, self.checkpoint)
         kind = self.perception.task.kind
         return PerceptionOutput(
             prediction=targets_apart(prediction, self.perception.targets),
@@ -286,14 +281,11 @@ class PerceptionPipeline:
         check_options(self.perception, options)
         images = to_batch(image)
         params, texts = self._texts(prompt, "", len(images))
-        factor = self.perception.model.downscale
         rows = sharding.batch_devices(self.mesh)
         x = self._predictor.advance(
             params,
             put_rows(images, rows, self.mesh),
-            resolution=resolve_resolution(
-                processing_resolution, self.description.resolution, factor
-            ),
+            resolution=self._resolution(processing_resolution),
             until=until,
             options=options,
             **{name: put_rows(ids, rows, self.mesh) for name, ids in texts.items()},
@@ -307,12 +299,15 @@ class PerceptionPipeline:
 
         Each such size is compiled once.
         """
-        factor = self.perception.model.downscale
-        resolution = resolve_resolution(processing_resolution, self.description.resolution, factor)
-        return self._predictor.network_size(size, resolution)
+        return self._predictor.network_size(size, self._resolution(processing_resolution))
 
     tiled = modes.tiled
     sequence = modes.sequence
+    watch = modes.watch
+
+    def _resolution(self, requested: int | None) -> int:
+        factor = self.perception.model.downscale
+        return resolve_resolution(requested, self.description.resolution, factor)
 
     def _latent_shape(self, rows: int, size: tuple[int, int]) -> tuple[int, ...]:
         multiple, factor = self._predictor.multiple, self.perception.model.downscale

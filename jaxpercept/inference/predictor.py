@@ -26,6 +26,7 @@ from jaxpercept.errors import UserError
 from jaxpercept.inference.batches import pad_rows
 from jaxpercept.inference.ensemble import ensemble
 from jaxpercept.inference.options import Options
+from jaxpercept.inference.stepwise import Stepwise
 from jaxpercept.resize import resize
 from jaxpercept.training import sharding
 
@@ -222,6 +223,11 @@ class Predictor:
         given = (params, encoded, numbers, None, text, options)
         return self._run(self._advance, *given, until=until)
 
+    @functools.cached_property
+    def stepwise(self) -> Stepwise:
+        """The same predictions, step by step."""
+        return Stepwise(self)
+
     def network_size(self, size: Size, resolution: int) -> Size:
         """(height, width) at which the network sees images of that size; each is compiled once."""
         return tuple(edge + -edge % self.multiple for edge in processing_size(size, resolution))
@@ -254,18 +260,25 @@ class Predictor:
         **given: Any,
     ) -> Any:
         """What a program gives for rows that lie on the mesh."""
-        given |= {"text": text, "num_steps": options.num_steps}
+        args, told = self._arguments(numbers, noise, text, options)
+        return program(params, encoded, *args, num_steps=options.num_steps, **told, **given)
+
+    def _arguments(
+        self, numbers: np.ndarray, noise: np.ndarray | None, text: Text | None, options: Options
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """On the mesh: the rows' numbers with their noise, and the seed, where there is noise or
+        something to go on from; text and mixture by name."""
+        told: dict[str, Any] = {"text": text}
         if text is not None:
             guidance = options.guidance or Guidance(*self.perception.recipe.guidance)
             mixture = guidance.mixture(corrected=text.unwanted is not None)
             weights = sharding.put_tree(mixture.weights, sharding.replicated(self.mesh))
-            given["mixture"] = dataclasses.replace(mixture, weights=weights)
-        if not self.perception.recipe.draws_noise:
-            return program(params, encoded, **given)
+            told["mixture"] = dataclasses.replace(mixture, weights=weights)
+        if not self.perception.recipe.draws_noise and noise is None:
+            return (), told
         rows = {"numbers": numbers} | ({} if noise is None else {"noise": noise})
-        rows = self._split(rows)
         seed = sharding.put_tree(np.uint32(options.seed), sharding.replicated(self.mesh))
-        return program(params, encoded, rows, seed, **given)
+        return (self._split(rows), seed), told
 
     def _ensemble(
         self,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxpercept.diffusion.guidance import Guidance, Mixture, Text
 from jaxpercept.diffusion.sampler import Solver
-from jaxpercept.diffusion.steps import Steps, sample
+from jaxpercept.diffusion.steps import Row, Steps, sample, take
 from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params, empty_prompt
 from jaxpercept.methods.recipe import Recipe
@@ -123,6 +123,23 @@ class Perception:
         network = self.network(params, image, text, mixture)
         steps = self.steps(num_steps).between(0, until)
         return sample(steps, network, self.start(image, noise), key=key, index=index)[0]
+
+    def step(
+        self,
+        params: Params,
+        image: Float[Array, "b i j c"],
+        x: Float[Array, "b i j k"],
+        row: Row,
+        *,
+        text: Text | None = None,
+        mixture: Mixture | None = None,
+        clip: float | None = None,
+        key: Key[Array, ""] | None = None,
+        index: Int[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b i j k"], Float[Array, "b i j k"]]:
+        """One of the steps that `predict` takes, see `steps.take`; other arguments as there."""
+        network = self.network(params, image, text, mixture)
+        return take(row, network, x, clip=clip, key=key, index=index)
 
     def steps(self, num_steps: int | None = None) -> Steps:
         """What sampling does; None: in the recipe's number of steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,17 @@ def description(**changes: Any) -> Description:
     return Description(**values)
 
 
-def params(rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
-    """Random weights of `COMPONENTS` and a random encoded prompt."""
+def params(
+    rng: np.random.Generator, components: Mapping[str, Any] = COMPONENTS, tokens: int = 2
+) -> dict[str, dict[str, np.ndarray]]:
+    """Random weights and a random encoded prompt of so many tokens."""
     weights = {
         name: {
             path: _draw(path, leaf.shape, rng) for path, leaf in functional(config).shapes.items()
         }
-        for name, config in COMPONENTS.items()
+        for name, config in components.items()
     }
-    prompt = rng.normal(size=(1, 2, WIDTH)).astype(np.float32)
+    prompt = rng.normal(size=(1, tokens, WIDTH)).astype(np.float32)
     return {**weights, "prompt": {"embedding": prompt}}
 
 

@@ -7,6 +7,7 @@ The functions are methods of `pipeline.PerceptionPipeline`, their first argument
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -120,7 +121,8 @@ def watch(
     size = processing_size(images.shape[1:3], pipe._resolution(processing_resolution))
     if latents is not None:
         latents = pipe._noise(latents, len(images), size)
-    rows = sharding.batch_devices(pipe.mesh)
+    devices = sharding.batch_devices(pipe.mesh)
+    rows = math.ceil(len(images) / devices) * devices
     ids = {name: put_rows(array, rows, pipe.mesh) for name, array in texts.items()}
     glimpses = pipe._predictor.stepwise(
         params,

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxpercept.diffusion.steps import Row, draws_noise, rows
 from jaxpercept.inference.answer import targets_apart
 from jaxpercept.inference.batches import pad_rows
 from jaxpercept.inference.options import Options
+from jaxpercept.training import sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,8 +51,12 @@ class Stepwise:
 
     def __init__(self, predictor: Any):
         self._predictor, self._perception = predictor, predictor.perception
-        self._start = jax.jit(self._start_rows, static_argnames=("on", "scale"))
-        self._take = jax.jit(self._take_rows, static_argnames=("clip", "draws"))
+        # One sharding of x, from wherever it comes: another one would be compiled for again.
+        spread = NamedSharding(predictor.mesh, sharding.BATCH)
+        self._start = jax.jit(
+            self._start_rows, static_argnames=("on", "scale"), out_shardings=spread
+        )
+        self._take = jax.jit(self._take_rows, static_argnames="clip", out_shardings=spread)
         self._decode = jax.jit(self._perception.decode)
 
     def __call__(
@@ -80,7 +86,7 @@ class Stepwise:
         given = None if latents is None else pad_rows(latents, image.shape[0])
         args, told = predictor._arguments(numbers, given, text, options)
         whole = self._perception.steps(options.num_steps)
-        table, settings = rows(whole), {"clip": whole.clip, "draws": draws_noise(whole)}
+        table, told = rows(whole), {"clip": whole.clip, **told}
         x = self._start(encoded, *args, on=first_step > 0, scale=whole.initial_scale)
 
         def map_of(latent: Array) -> np.ndarray:
@@ -89,10 +95,12 @@ class Stepwise:
             maps = predictor._finish(maps, output=own, method=method, kind="prediction")
             return targets_apart(np.asarray(maps)[:count], self._perception.targets)
 
-        total = len(whole)
+        total, drawn = len(whole), ()
+        if draws_noise(whole):
+            drawn = args[0]["numbers"], args[1]
         for number in range(first_step, total):
             row = jax.tree.map(lambda column, i=number: column[i], table)
-            x, x0 = self._take(params, encoded, x, *args, row=row, **settings, **told)
+            x, x0 = self._take(params, encoded, x, row, *drawn, **told)
             last = number + 1 == total and self._perception.recipe.output == "sample"
             yield Glimpse(
                 number + 1,
@@ -119,15 +127,13 @@ class Stepwise:
         params: Any,
         image: Array,
         x: Array,
-        given: Mapping[str, Array] | None = None,
-        seed: Array | None = None,
-        *,
         row: Row,
-        clip: float | None,
-        draws: bool,
+        numbers: Array | None = None,
+        seed: Array | None = None,
         **told: Any,
     ) -> tuple[Array, Array]:
-        """The next x, and what this step predicts."""
-        noise = self._predictor._noise(image, given, seed)
-        between = {name: noise[name] for name in ("key", "index")} if draws else {}
-        return self._perception.step(params, image, x, row, clip=clip, **between, **told)
+        """The next x, and what this step predicts; numbers and seed for a step that draws noise."""
+        if numbers is not None:
+            noise = self._predictor._noise(image, {"numbers": numbers, "noise": x}, seed)
+            told |= {"key": noise["key"], "index": noise["index"]}
+        return self._perception.step(params, image, x, row, **told)

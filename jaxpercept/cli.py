@@ -72,8 +72,8 @@ def call(
         return 130
 
 
-def define_model_flags(flag_values: flags.FlagValues) -> None:
-    """The flags by which commands open a checkpoint and predict with it."""
+def define_opening_flags(flag_values: flags.FlagValues) -> None:
+    """The flags that say what else belongs to a checkpoint."""
     text = {
         "task": "What the checkpoint predicts, where its files do not say: depth, disparity, "
         "normals, dis, matting, seg, semantic or pose.",
@@ -86,6 +86,11 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     }
     for name, meaning in text.items():
         flags.DEFINE_string(name, None, meaning, flag_values=flag_values)
+
+
+def define_model_flags(flag_values: flags.FlagValues) -> None:
+    """The flags by which commands open a checkpoint and predict with it."""
+    define_opening_flags(flag_values)
     flags.DEFINE_string(
         "prompt",
         "",

@@ -133,14 +133,15 @@ class Session:
     """Rounds of prediction and correction for one image and one prompt.
 
     Args:
-        pipe: a model that looks for what a text names.
+        pipe: a model that looks for what a text names; of another one there is only a first round.
         image: one, as for a call of the pipeline.
-        prompt: what to look for.
+        prompt: what to look for; "" for a model that looks for nothing.
         resume: the share of the steps that all rounds have in common, in [0, 1); models of one step
             have none. The more of them, the cheaper and the weaker a correction.
         num_inference_steps, processing_resolution, seed, guidance: as for a call.
 
     Attributes:
+        prompt: what is looked for.
         rounds: so far.
 
     Raises:
@@ -160,7 +161,7 @@ class Session:
     ):
         if not 0 <= resume < 1:
             raise UserError(f"resume is {resume}: give a share of the steps from 0 to below 1.")
-        self._pipe, self._image, self._prompt = pipe, image, prompt
+        self._pipe, self._image, self.prompt = pipe, image, prompt
         self._steps = num_inference_steps or pipe.perception.recipe.num_steps
         self._options = {
             "num_inference_steps": num_inference_steps,
@@ -177,10 +178,10 @@ class Session:
         if self._first and self._latents is None:
             steps = self._steps
             self._latents = self._pipe.advance(
-                self._image, self._prompt, self._first, **self._options
+                self._image, self.prompt, self._first, **self._options
             )
         out = self._pipe(self._image, **self._going_on(texts))
-        return self._append(texts, out.prediction[0], steps, start)
+        return self._append(texts, out.prediction, steps, start)
 
     def watch(self, unwanted: str = "") -> Iterator[Glimpse]:
         """The next round as `predict`, with a glimpse after each step.
@@ -193,7 +194,7 @@ class Session:
             if glimpse.step == self._first:
                 self._latents = glimpse.latents()
             if glimpse.step == glimpse.steps:
-                self._append(texts, glimpse.prediction()[0], steps, start)
+                self._append(texts, glimpse.prediction(), steps, start)
             yield glimpse
 
     def _all(self, unwanted: str) -> tuple[str, ...]:
@@ -202,7 +203,7 @@ class Session:
 
     def _going_on(self, texts: Sequence[str]) -> dict[str, Any]:
         """What a call is told: from the step on that the rounds have in common, if it is known."""
-        told = {**self._options, "prompt": self._prompt, "unwanted": " and ".join(texts)}
+        told = {**self._options, "prompt": self.prompt, "unwanted": " and ".join(texts)}
         if self._latents is not None:
             told |= {"latents": self._latents, "first_step": self._first}
         return told
@@ -211,7 +212,8 @@ class Session:
         self, texts: tuple[str, ...], prediction: np.ndarray, steps: int, start: float
     ) -> Round:
         seconds, number = time.perf_counter() - start, len(self.rounds)
-        self.rounds.append(Round(number, self._prompt, texts, prediction, steps, seconds))
+        prediction = np.concatenate(list(prediction), axis=-1)  # the targets of one image
+        self.rounds.append(Round(number, self.prompt, texts, prediction, steps, seconds))
         return self.rounds[-1]
 
     def run(

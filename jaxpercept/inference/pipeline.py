@@ -37,6 +37,7 @@ from jaxpercept.inference.predictor import (
     Predictor,
     processing_size,
     resolve_resolution,
+    shared_padding,
 )
 from jaxpercept.inference.texts import Texts, token_ids
 from jaxpercept.inference.weights import place_weights
@@ -58,7 +59,7 @@ class PerceptionPipeline:
         vae_tile: the autoencoder works in overlapping tiles of so many pixels; 0: in one piece.
         pad_multiple: borders are replicated up to multiples of so many pixels, such as 64, so that
             images of many sizes share few compiled programs; predictions then differ a little from
-            those of the default, 0, which pads as diffusers does.
+            those of the default, 0, which pads as diffusers does. None: by the training's size.
         checkpoint: the name reported in outputs.
         step: the training step reported in outputs.
         tokenize: reads texts, see `opening.open_tokenizer`.
@@ -73,7 +74,7 @@ class PerceptionPipeline:
         mesh: Mesh | None = None,
         attention: str = "auto",
         vae_tile: int = 0,
-        pad_multiple: int = 0,
+        pad_multiple: int | None = 0,
         checkpoint: str = "",
         step: int | None = None,
         tokenize: Tokenize | None = None,
@@ -85,6 +86,9 @@ class PerceptionPipeline:
         self.mesh = local_mesh() if mesh is None else mesh
         reads_text = self.perception.task.reads_text
         self.params = place_weights(params, dtype, self.mesh, text=reads_text)
+        if pad_multiple is None:
+            factor = self.perception.model.downscale
+            pad_multiple = shared_padding(description.resolution, factor)
         self._predictor = Predictor(self.perception, self.mesh, pad_multiple=pad_multiple)
         self._encode: Callable[[str], dict[str, np.ndarray]] | None = None
         self._tokenize, self._prompt = tokenize, ""
@@ -105,7 +109,7 @@ class PerceptionPipeline:
         mesh: Mesh | None = None,
         attention: str = "auto",
         vae_tile: int = 0,
-        pad_multiple: int = 0,
+        pad_multiple: int | None = 0,
     ) -> PerceptionPipeline:
         """Open a checkpoint: a training workdir, an Orbax export, a diffusers folder or hub id.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -96,6 +97,20 @@ def resolve_resolution(requested: int | None, trained: Size | None, factor: int)
             "for each image's own size."
         )
     return requested
+
+
+def shared_padding(trained: Size | None, factor: int) -> int:
+    """A multiple to pad to such that images of many sizes share few programs.
+
+    Images of the training's shape, lying or upright, are not padded by it.
+
+    Args:
+        trained: (height, width) of the training images, if known.
+        factor: pixels per latent cell.
+    """
+    if trained is None or trained[0] == trained[1]:
+        return 8 * factor  # 64 pixels for Stable Diffusion
+    return math.gcd(*trained)
 
 
 def to_signed_float(image: Shaped[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:

@@ -8,8 +8,9 @@ Each run lies in WORKDIR/PRESET/SEED, as one of `jaxpercept.train`. The same com
 where it was stopped: finished runs are not trained again, and the table, WORKDIR/ablation.md and
 ablation.csv, is written anew after each run. More steps (--set=steps=800) train every run on;
 another config needs another --workdir. Models that start from noise are also evaluated in
-ensembles (--ensembles), which takes as many times as long as their sizes say. All runs must be
-evaluated on the same dataset.
+ensembles (--ensembles), which takes as many times as long as their sizes say; those that look for
+what a text names, with corrections instead (--corrections). All runs must be evaluated on the same
+dataset.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from jaxpercept.evaluate import key_values
 from jaxpercept.inference.evaluation import open_model, run_evaluation
 from jaxpercept.inference.observers import evaluation_observer, evaluation_options
 from jaxpercept.inference.report import METRICS as REPORT
+from jaxpercept.tasks import reads_text
 from jaxpercept.training.checkpointing import refuse_other_run
 from jaxpercept.training.loop import Interrupted, train
 from jaxpercept.training.setup import plain
@@ -54,12 +56,19 @@ flags.DEFINE_list("set", [], "KEY=VALUE of the config, for all runs.", flag_valu
 flags.DEFINE_list(
     "ensembles", ["2", "8"], "Sizes, for models that start from noise.", flag_values=FLAGS
 )
+flags.DEFINE_list(
+    "corrections",
+    ["1", "2", "3"],
+    "Of models that look for what a text names: so many other things called unwanted.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string("workdir", "runs/ablation", "Where the runs lie.", flag_values=FLAGS)
 flags.DEFINE_boolean("list", False, "Print the presets and leave.", flag_values=FLAGS)
 OWN_FLAGS = tuple(FLAGS)
 REQUIRED = ()
 
 METRICS = ("abs_rel", "delta1")
+"""The columns, unless the config file has others."""
 
 
 class Result(NamedTuple):
@@ -78,13 +87,14 @@ def ablate(
     workdir: str | Path = "runs/ablation",
     changes: Mapping[str, Any] | None = None,
     ensembles: Sequence[int] = (2, 8),
+    corrections: Sequence[int] = (1, 2, 3),
 ) -> dict[str, list[Result]]:
     """Run what is not there yet, and write the table after each run.
 
     Args:
         config: path of the config file.
         presets: names that its get_config takes; None for all of its PRESETS.
-        seeds, workdir, ensembles: the flags of these names.
+        seeds, workdir, ensembles, corrections: the flags of these names.
         changes: values of the config by dotted key, for all runs.
 
     Returns:
@@ -109,30 +119,33 @@ def ablate(
     rows: dict[str, list[Result]] = {}
     for (name, seed), values in configs.items():
         run = folder / name / str(seed)
-        for title, result in _results(run, values, ensembles).items():
+        for title, result in _results(run, values, _variants(values, ensembles, corrections)):
             rows.setdefault(name + title, []).append(result)
-        write_table(folder, rows, getattr(module, "PAPER", {}))
+        write_table(folder, rows, getattr(module, "PAPER", {}), getattr(module, "METRICS", METRICS))
         jax.clear_caches()  # the next run shares no program with this one
     return rows
 
 
 def write_table(
-    folder: Path, rows: Mapping[str, Sequence[Result]], paper: Mapping[str, str]
+    folder: Path,
+    rows: Mapping[str, Sequence[Result]],
+    paper: Mapping[str, str],
+    metrics: Sequence[str] = METRICS,
 ) -> None:
     """`ablation.md` and `ablation.csv`: means and standard deviations over the seeds."""
-    columns = ["preset", "seeds", "steps", *METRICS, "paper"]
+    columns = ["preset", "seeds", "steps", *metrics, "paper"]
     lines = [columns, ["---"] * len(columns)]
     records = []
     for name, results in rows.items():
         shown, record = [], {"preset": name, "seeds": len(results), "steps": results[0].steps}
-        for metric in METRICS:
+        for metric in metrics:
             average, spread = _spread([result.metrics[metric] for result in results])
             record |= {metric: average, f"{metric}_std": spread}
             shown.append(f"{average:.4f}" + (f" ± {spread:.4f}" if len(results) > 1 else ""))
         lines.append([name, str(len(results)), str(results[0].steps), *shown, paper.get(name, "")])
         records.append(record)
     first = next(iter(rows.values()))[0]
-    constant = [f"{first.constant[metric]:.4f}" for metric in METRICS]
+    constant = [f"{first.constant[metric]:.4f}" for metric in metrics]
     lines.append(["best constant", "", "", *constant, ""])
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -169,8 +182,21 @@ def _config(module: Any, name: str, seed: int, changes: Mapping[str, Any]) -> Co
     return config
 
 
-def _results(run: Path, config: ConfigDict, ensembles: Sequence[int]) -> dict[str, Result]:
-    """Of one run, trained and evaluated now where it has not been; ensembles by their title."""
+def _variants(
+    config: ConfigDict, ensembles: Sequence[int], corrections: Sequence[int]
+) -> dict[str, dict[str, int]]:
+    """Further ways to evaluate a run: title -> options."""
+    if reads_text(config.task):
+        return {f", {n} corrected": {"corrections": n} for n in corrections}
+    if config.method.get("noise", "image") == "image":
+        return {}
+    return {f", ensemble of {size}": {"ensemble_size": size} for size in ensembles}
+
+
+def _results(
+    run: Path, config: ConfigDict, variants: Mapping[str, Mapping[str, int]]
+) -> Iterator[tuple[str, Result]]:
+    """Of one run, trained and evaluated now where it has not been, and of its variants by title."""
     now = plain(config)
     wanted = evaluation_options(now)
     dataset, step = wanted["dataset"], latest_step(run) or 0
@@ -193,16 +219,15 @@ def _results(run: Path, config: ConfigDict, ensembles: Sequence[int]) -> dict[st
         refuse_other_run(run, dataclasses.replace(before, config=now))
     else:
         train(config, run, observer=functools.partial(evaluation_observer, workdir=run))
-    results = {"": _read(report)}
-    if config.method.get("noise", "image") == "image":
-        return results
-    for size in ensembles:
-        output = run / "evaluation" / f"{dataset}-ensemble{size}"
+    yield "", _read(report)
+    for title, options in variants.items():
+        [(name, count)] = options.items()
+        output = run / "evaluation" / f"{dataset}-{name.removesuffix('_size')}{count}"
         if not current(output / REPORT):
-            model = open_model(str(run), ensemble_size=size)
-            run_evaluation(model, output, facts={"evaluation": wanted}, **wanted)
-        results[f", ensemble of {size}"] = _read(output / REPORT)
-    return results
+            corrected = {name: count} if name == "corrections" else {}
+            model = open_model(str(run), **({} if corrected else options))
+            run_evaluation(model, output, facts={"evaluation": wanted}, **wanted, **corrected)
+        yield title, _read(output / REPORT)
 
 
 def _read(report: Path) -> Result:
@@ -240,6 +265,7 @@ def main() -> int:
             workdir=FLAGS.workdir,
             changes=key_values("set", FLAGS.set),
             ensembles=_integers("ensembles", FLAGS.ensembles),
+            corrections=_integers("corrections", FLAGS.corrections),
         )
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)

@@ -1,0 +1,44 @@
+"""ADDP's ingredients (arXiv 2504.11457) one by one, of referring segmentation, in a table.
+
+    python -m jaxpercept.ablate --config=configs/addp_referring.py --workdir=runs/addp_referring
+        --seeds=0,1
+
+trains `sd-tiny` on procedural scenes with several things alike, and evaluates on 1,000 others, also
+with one to three corrections. Presets:
+
+`one_step`         the mask in one deterministic step, without noise; not in the paper
+`uniform`          the image painted by denoising, uniform timesteps
+`addp`             timesteps of ADDP's published table
+`ddim_noise`       by closed-form contribution factors of ten DDIM steps, ours
+`augmented`        uniform timesteps; the noisy input made of masks that are moved, cut and faded
+`addp_augmented`   ADDP: its table and its augmentation
+
+What was measured is in docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpercept import presets
+
+METRICS = ("oiou", "miou", "p@0.5")
+
+
+def get_config(preset: str = "uniform") -> ConfigDict:
+    """The config of a preset."""
+    config = presets.tiny(presets.one_step("referring", paint=False))
+    config = presets.trained_on(config, {"referring": 1.0}, "referring")
+    config.data.augment.fit = "stretch"
+    config.evaluation.limit = 0
+    return presets.choose("configs/addp_referring.py", preset, PRESETS, config)
+
+
+_drawn = presets.contribution
+
+PRESETS = {
+    "one_step": lambda config: config,
+    "uniform": presets.painted,
+    "addp": lambda config: _drawn(presets.painted(config), "addp_ris"),
+    "ddim_noise": lambda config: _drawn(presets.painted(config), "ddim_noise:10"),
+    "augmented": lambda config: presets.corrupted(presets.painted(config)),
+    "addp_augmented": lambda config: presets.corrupted(_drawn(presets.painted(config), "addp_ris")),
+}

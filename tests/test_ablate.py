@@ -24,7 +24,8 @@ from jaxpercept import presets
 def get_config(preset=""):
     config = tiny_run.config({base!r}, steps=2, batch_size=8)
     config.evaluation.update({{"dataset": "scenes", "limit": 2, "batch_size": 2}})
-    choices = {{**PRESETS, "large": _large, "elsewhere": _elsewhere}}
+    choices = {{**PRESETS, "large": _large, "elsewhere": _elsewhere,
+               "referring": _referring}}
     return presets.choose("config.py", preset, choices, config)
 
 def _slow(config):
@@ -42,6 +43,10 @@ def _noisy(config):
     config = presets.denoising(config, "gaussian")
     config.method.num_steps = 2
     return config
+
+def _referring(config):
+    config.task = "referring"
+    return presets.painted(config)
 
 PRESETS = {{"plain": lambda config: config, "slow": _slow, "noisy": _noisy}}
 PAPER = {{"noisy": "worse"}}
@@ -129,13 +134,14 @@ def finished(file, tmp_path, monkeypatch):
         evaluation = ablate.evaluation_options(config)
         write(run / "evaluation/scenes", config["steps"], evaluation=evaluation)
 
-    def run_evaluation(model, output, facts, **options):
+    def run_evaluation(model, output, facts, corrections=0, **options):
+        assert corrections == 0 or output.name == f"scenes-corrections{corrections}"
         assert options["limit"] == facts["evaluation"]["limit"]
         done.append((output.name, model.size, options["limit"]))
         write(output, ablate.latest_step(output.parents[1]), **facts)
 
-    def open_model(checkpoint, ensemble_size):
-        assert checkpoint == str(folder / "noisy/0")
+    def open_model(checkpoint, ensemble_size=1):
+        assert checkpoint in (str(folder / "noisy/0"), str(folder / "referring/0"))
         return types.SimpleNamespace(size=ensemble_size)
 
     monkeypatch.setattr(ablate, "train", train)
@@ -153,11 +159,12 @@ def finished(file, tmp_path, monkeypatch):
     return make
 
 
-def again(finished, *presets, ensembles=(), **changes):
+def again(finished, *presets, ensembles=(), corrections=(), **changes):
     """What is done on another call, and its table."""
     del finished.done[:]
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     options = {"seeds": [0], "workdir": finished.folder, "ensembles": ensembles}
+    options["corrections"] = corrections
     rows = ablate.ablate(str(finished.file), presets, changes=changes, **options)
     return finished.done, rows
 
@@ -187,6 +194,14 @@ def test_ensembles_are_those_of_the_run(finished):
     assert done == ["train to 5", (two, 2, 1), (four, 4, 1)]
 
 
+def test_what_looks_for_texts_is_corrected(finished):
+    finished("referring")
+    done, rows = again(finished, "referring", corrections=[1, 3])
+    assert done == [("scenes-corrections1", 1, 2), ("scenes-corrections3", 1, 2)]
+    assert list(rows) == ["referring", "referring, 1 corrected", "referring, 3 corrected"]
+    assert again(finished, "referring", corrections=[3])[0] == []
+
+
 def test_what_does_not_fit_is_named(file, tmp_path, capsys):
     with pytest.raises(UserError, match=r"preset 'evil': config\.py has the presets plain, slow"):
         ablate.ablate(str(file), ["evil"])
@@ -205,7 +220,7 @@ def test_what_does_not_fit_is_named(file, tmp_path, capsys):
     assert door(ablate, f"--config={file}", "--list") == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split() for line in listed[:3]] == [["plain"], ["slow"], ["noisy", "worse"]]
-    assert listed[3] == "config.py has the presets plain, slow, noisy, large, elsewhere"
+    assert listed[3] == "config.py has the presets plain, slow, noisy, large, elsewhere, referring"
 
 
 def test_every_preset_that_a_file_makes_is_taken(finished):

@@ -12,7 +12,7 @@ from jaxpercept.diffusion import sampler
 from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.schedule import GENPERCEPT, NoiseSchedule
-from jaxpercept.diffusion.steps import sample, trajectory
+from jaxpercept.diffusion.steps import draws_noise, ideal_path, sample, sample_from, trajectory
 from jaxpercept.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -222,7 +222,10 @@ def test_a_trajectory_goes_on_from_where_it_was_left(class_name, rng):
     np.testing.assert_array_equal(whole.last, last)
     np.testing.assert_array_equal(whole.x0[-1], x0)
     assert whole.x.shape == whole.x0.shape == (6, 2, 7)
+    resume = jax.jit(lambda x, i: sample_from(steps, predict, x, i, key=key, index=index))
     for done in range(6):
+        resumed = resume(whole.x[done], jnp.int32(done))
+        np.testing.assert_allclose(resumed, (last, x0), rtol=1e-5, atol=1e-5)
         entered = whole.x[done] if done else start
         rest = trajectory(steps.between(done), predict, entered, key=key, index=index)
         assert len(rest.x) == 6 - done
@@ -236,6 +239,41 @@ def test_a_trajectory_goes_on_from_where_it_was_left(class_name, rng):
     for wrong in [(-1, 3), (6, None), (2, 2), (0, 7)]:
         with pytest.raises(ValueError, match="steps"):
             steps.between(*wrong)
+
+
+@pytest.mark.parametrize("class_name", MODULES)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_ideal_path_is_that_of_a_perfect_network(class_name, prediction_type, rng):
+    """From training's first sample on; what a solver adds is part of it."""
+    config = {**CONFIG, "_class_name": class_name, "prediction_type": prediction_type}
+    steps = Solver.from_config({**config, "clip_sample": False}).steps(5)
+    key, index = jax.random.key(int(rng.integers(1000))), jnp.array([5, 2])
+    x0, noise = (jnp.asarray(rng.standard_normal((2, 70)), jnp.float32) for _ in range(2))
+    path = ideal_path(steps, x0, noise, key=key, index=index)
+    times, alphas, scales = steps.table.timestep, steps.table.alpha, steps.table.scale
+    np.testing.assert_allclose(
+        path[0], np.sqrt(alphas[0]) * x0 + np.sqrt(1 - alphas[0]) * noise, rtol=1e-5, atol=1e-5
+    )
+
+    def perfect(x, t):
+        alpha = jnp.asarray(alphas, jnp.float32)[jnp.argmin(jnp.abs(times - t[0]))]
+        signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
+        epsilon = (x - signal * x0) / sigma
+        outputs = {"epsilon": epsilon, "v_prediction": signal * epsilon - sigma * x0, "sample": x0}
+        return outputs[prediction_type]
+
+    start = path[0] / (scales[0] * steps.initial_scale)
+    whole = trajectory(steps, perfect, start.astype(jnp.float32), key=key, index=index)
+    np.testing.assert_allclose(whole.x0, np.broadcast_to(x0, whole.x0.shape), atol=1e-3)
+    np.testing.assert_allclose(scales[:, None, None] * whole.x, path, atol=1e-3)
+    if not draws_noise(steps):
+        signal, sigma = np.sqrt([alphas, 1 - alphas])[:, :, None, None]
+        seen = signal * np.asarray(x0) + sigma * np.asarray(noise)
+        np.testing.assert_allclose(path, seen, atol=1e-3)
+    else:  # other noise, as much of it
+        assert class_name not in ("DDIMScheduler", "EulerDiscreteScheduler")
+        left = (path[-1] - np.sqrt(alphas[-1]) * x0) / np.sqrt(1 - alphas[-1])
+        assert np.abs(left - noise).max() > 0.1
 
 
 def test_missing_key_is_an_error():

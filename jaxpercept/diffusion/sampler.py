@@ -284,6 +284,7 @@ def _steps(
 ) -> Steps:
     table = Table(
         timestep=timesteps,
+        alpha=levels.alpha,
         scale=np.ones(len(timesteps)),
         x0_of_x=levels.x0_of_x,
         x0_of_output=levels.x0_of_output,

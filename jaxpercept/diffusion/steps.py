@@ -25,9 +25,12 @@ class Table(NamedTuple):
     output = network(scale * x, timestep)
     x_0    = clip(x0_of_x * x + x0_of_output * output)
     x      = next_of_x * x + next_of_output * output + next_of_x0 * x_0 + next_of_noise * z
+
+    What the network sees, scale * x, has the noise level ᾱ, `alpha`.
     """
 
     timestep: Column
+    alpha: Column
     scale: Column
     x0_of_x: Column
     x0_of_output: Column
@@ -143,6 +146,63 @@ def trajectory(
     x = latents.astype(jnp.float32) * steps.initial_scale
     last, (x, x0) = jax.lax.scan(keeping, x, rows(steps))
     return Trajectory(x, x0, last)
+
+
+def sample_from(
+    steps: Steps,
+    predict_fn: PredictFn,
+    x: Float[Array, "b *d"],
+    first: Int[Array, ""],
+    *,
+    key: Key[Array, ""] | None = None,
+    index: Int[Array, "b"] | None = None,
+) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
+    """`sample(steps.between(first), ...)` for a `first` that is traced: one program for all.
+
+    Args:
+      x: the sample before step `first`, the first one included.
+      first: from 0 to len(steps) - 1.
+    """
+    step = _step(steps, predict_fn, key, index)
+    table = jax.tree.map(jnp.asarray, rows(steps))
+
+    def body(i: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        return step(carry[0], jax.tree.map(lambda column: column[i], table))
+
+    x = x.astype(jnp.float32)
+    return jax.lax.fori_loop(first, len(steps), body, (x, jnp.zeros_like(x)))
+
+
+def ideal_path(
+    steps: Steps,
+    x0: Float[Array, "b *d"],
+    noise: Float[Array, "b *d"],
+    *,
+    key: Key[Array, ""] | None = None,
+    index: Int[Array, "b"] | None = None,
+) -> Float[Array, "n b *d"]:
+    """What a network that predicts x_0 exactly sees at each step.
+
+    It begins at √ᾱ x_0 + √(1−ᾱ) ε with the noise ε, as training does, and goes on with the noise
+    that the steps add. Without any it is √ᾱ x_0 + √(1−ᾱ) ε at each DDIM step: what training shows
+    the network with this ε. x_0 is not clipped.
+
+    Args:
+      steps: of a trajectory, from its first one on.
+      x0: what every step predicts.
+      noise: ε, standard normal, or the image's latent for RGB blending.
+      key, index: as for `sample`; with the same ones the same noise is added.
+    """
+    own = key if draws_noise(steps) else None
+
+    def step(x: Array, row: Row) -> tuple[Array, Array]:
+        output = (x0 - row.table.x0_of_x * x) / row.table.x0_of_output
+        following, _ = take(row, lambda x, t: output, x, key=own, index=index)
+        return following, row.table.scale * x
+
+    alpha, scale = (np.float32(column[0]) for column in (steps.table.alpha, steps.table.scale))
+    x = (np.sqrt(alpha) * x0 + np.sqrt(1 - alpha) * noise) / scale
+    return jax.lax.scan(step, x, rows(steps))[1]
 
 
 def rows(steps: Steps) -> Row:

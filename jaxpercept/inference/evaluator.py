@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,24 @@ from jaxpercept.inference.comparison import Comparison
 from jaxpercept.inference.eval_images import EvalImages, spread
 from jaxpercept.inference.measures import (
     check_dataset,
+    entry,
+    is_detail,
     make_protocols,
     measure_name,
     measure_of,
 )
 from jaxpercept.inference.options import Options
-from jaxpercept.inference.predictor import Params, PerceptionModel, Predictor, resolve_resolution
+from jaxpercept.inference.predictor import (
+    Params,
+    PerceptionModel,
+    Prediction,
+    Predictor,
+    resolve_resolution,
+)
 from jaxpercept.inference.scoring import Scorer, Started, Tally, own_rows, settled
+
+Predict = Callable[[list[int], Mapping[str, Array]], Iterable[Prediction]]
+"""`(items, arrays) -> predictions` of a batch, at the images' own sizes; lazily, one by one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +94,8 @@ class Evaluator:
         corrections: so many of the things of each image that might be taken for what its caption
             names (`distractors`) are called unwanted, as `inference.correction.Script` does.
         resume: the share of the steps before, which are without correction.
+        more: `(record, resolution) -> further arrays` for the predictions of `measure`, where
+            resolution is as of `resolution`.
         protocol_options: of the kind's protocols: `alignment` of depth and disparity, `hce` of
             masks.
 
@@ -110,6 +123,7 @@ class Evaluator:
         tokenize: Tokenize | None = None,
         corrections: int = 0,
         resume: float = 0.5,
+        more: Callable[[Record, int], Mapping[str, np.ndarray]] | None = None,
         **protocol_options: Any,
     ):
         if batch_size < 1 or limit < 0:
@@ -141,11 +155,16 @@ class Evaluator:
         self._texts = _texts_of(self._task, tokenize, corrections)
         self._first_step = _steps_before(perception, self._options, corrections, resume)
 
-        def prepare(record: Record) -> Record:
-            record = self._measure.prepare(record)
-            return {**record, **{name: read(record) for name, read in self._texts.items()}}
+        def further(record: Record) -> Mapping[str, np.ndarray]:
+            return {} if more is None else more(record, self._resolution)
 
-        sample = self._measure.prepare(records[indices[0]])
+        def prepare(record: Record) -> Record:
+            prepared = self._measure.prepare(record)
+            texts = {name: read(prepared) for name, read in self._texts.items()}
+            return {**prepared, **texts, **further(record)}
+
+        first = records[indices[0]]
+        sample = self._measure.prepare(first)
         self._protocols = make_protocols(self._measure, self._task, row, sample, protocol_options)
         self._scorer = Scorer(self._measure, self._protocols, mesh)
         medians: list[float] = []
@@ -161,7 +180,7 @@ class Evaluator:
             indices,
             prepare=prepare,
             look=look,
-            fields=("rgb", *self._texts, *self._scorer.fields),
+            fields=("rgb", *self._texts, *self._scorer.fields, *further(first)),
             kept=("valid", *(field for p in self._protocols.values() for field in p.fields)),
             mesh=mesh,
             batch_size=batch_size,
@@ -193,40 +212,34 @@ class Evaluator:
             "average": self._measure.average,
         }
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of a dataset's metrics, those of single classes and joints left out."""
+        named = ((title, name) for title, p in self._protocols.items() for name in p.names)
+        return [entry(title, name) for title, name in named if not is_detail(name)]
+
+    @property
+    def resolution(self) -> int:
+        """Long side in pixels at which the network works; 0: the images' own."""
+        return self._resolution
+
     def run(self, params: Params, *, progress: bool = True) -> EvalResult:
         """Evaluate weights that live on the mesh.
 
         Raises:
             UserError: a prediction is not finite.
         """
+
+        def predict(items: list[int], arrays: Mapping[str, Array]) -> Iterable[Prediction]:
+            predicted = self._predict(params, arrays, items[0])
+            # Members are merged on this process's first device.
+            several = self._options.members > 1
+            yield jax.tree.map(np.asarray, predicted) if several else predicted
+
         images, pictures = self._images, {}
         tally = Tally(self._scorer, len(images))
-        trivial = Tally(self._scorer, len(images)) if self._baseline is None else None
-        pending: tuple[list[int], dict[int, Record], Started] | None = None
-        with (
-            ThreadPoolExecutor() as threads,
-            tqdm(
-                total=len(images),
-                desc="evaluating",
-                unit="image",
-                disable=None if progress and self._progress else True,
-            ) as bar,
-        ):
-            for items, records, arrays in images.loaded(threads):
-                predicted = self._predict(params, arrays, items[0])
-                if self._options.members > 1:  # merged on this process's first device
-                    predicted = jax.tree.map(np.asarray, predicted)
-                started = self._scorer.start(predicted, arrays)
-                # The devices work on this batch while the host measures the one before.
-                if pending is not None:
-                    self._collect(*pending, threads, tally, trivial, pictures)
-                    bar.update(len(pending[0]))
-                pending = (items, records, started)
-            self._collect(*pending, threads, tally, trivial, pictures)
-            bar.update(len(pending[0]))
+        self._score(predict, [tally], pictures, "evaluating", progress)
         rows, means = tally.result(lambda: images.load(0))
-        if trivial is not None:
-            self._baseline = trivial.result(lambda: images.load(0))
         constants, baseline = self._baseline
         return EvalResult(
             means=means,
@@ -242,9 +255,70 @@ class Evaluator:
             protocol=self.protocol,
         )
 
+    def measure(
+        self, predict: Predict, count: int, *, title: str
+    ) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """Measure `count` predictions for each image.
+
+        Args:
+            predict: `(items, arrays)` gives them for a batch, in the same order for each. Arrays
+                are "rgb", those of `texts`, and those of `more`.
+            title: of the progress bar.
+
+        Returns:
+            The metrics of each, and those of the trivial prediction.
+
+        Raises:
+            UserError: a prediction is not finite.
+        """
+        tallies = [Tally(self._scorer, len(self._images)) for _ in range(count)]
+        self._score(predict, tallies, None, title, True)
+        found = [tally.result(lambda: self._images.load(0))[1] for tally in tallies]
+        return found, self._baseline[1]
+
+    def texts(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """What a batch says to look for, as arguments of the predictor."""
+        return {field: arrays[field] for field in self._texts}
+
+    def _score(
+        self,
+        predict: Predict,
+        tallies: list[Tally],
+        pictures: dict[int, Comparison] | None,
+        title: str,
+        progress: bool,
+    ) -> None:
+        """Take down what a batch's predictions score, each in its tally; pictures of the first."""
+        images = self._images
+        trivial = Tally(self._scorer, len(images)) if self._baseline is None else None
+        pending: tuple[Any, ...] | None = None
+        with (
+            ThreadPoolExecutor() as threads,
+            tqdm(
+                total=len(images) * len(tallies),
+                desc=title,
+                unit="image",
+                disable=None if progress and self._progress else True,
+            ) as bar,
+        ):
+            for items, records, arrays in images.loaded(threads):
+                extras = trivial, pictures
+                for tally, predicted in zip(tallies, predict(items, arrays), strict=True):
+                    started = self._scorer.start(predicted, arrays)
+                    # The devices work on this batch while the host measures the one before.
+                    if pending is not None:
+                        self._collect(*pending, threads)
+                        bar.update(len(pending[0]))
+                    pending = (items, records, started, tally, *extras)
+                    extras = None, None
+            self._collect(*pending, threads)
+            bar.update(len(pending[0]))
+        if trivial is not None:
+            self._baseline = trivial.result(lambda: images.load(0))
+
     def _predict(self, params: Params, arrays: Mapping[str, Array], first: int) -> Prediction:
         options = {"resolution": self._resolution, "options": self._options, "first": first}
-        options |= {field: arrays[field] for field in self._texts}
+        options |= self.texts(arrays)
         if self._first_step:
             before = {name: value for name, value in options.items() if name != "unwanted_ids"}
             x = self._predictor.advance(params, arrays["rgb"], until=self._first_step, **before)
@@ -256,10 +330,10 @@ class Evaluator:
         items: list[int],
         records: Mapping[int, Record],
         started: Started,
-        threads: ThreadPoolExecutor,
         tally: Tally,
         trivial: Tally | None,
-        pictures: dict[int, Comparison],
+        pictures: dict[int, Comparison] | None,
+        threads: ThreadPoolExecutor,
     ) -> None:
         """Wait for a batch; take down its rows and the pictures wanted of it."""
         finite = np.asarray(started.finite)[: len(items)]
@@ -274,7 +348,8 @@ class Evaluator:
             constants = {
                 row: threads.submit(self._scorer.trivial, record) for row, record in records.items()
             }
-        wanted = [row for row in records if items[row] in self._pictured]
+        pictured = self._pictured if pictures is not None else ()
+        wanted = [row for row in records if items[row] in pictured]
         predictions = own_rows(started.prediction) if wanted else {}
         for row in wanted:
             pictures[items[row]] = self._measure.compare(

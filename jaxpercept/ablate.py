@@ -239,12 +239,6 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), stdev(values) if len(values) > 1 else math.nan
 
 
-def _integers(name: str, values: Sequence[str]) -> list[int]:
-    if not all(value.isdigit() for value in values):
-        raise UserError(f"--{name}={','.join(values)} are not whole numbers.")
-    return [int(value) for value in values]
-
-
 def main() -> int:
     """Read the flags and run; 143, as for a process that SIGTERM ended, where it came."""
     if FLAGS.list:
@@ -261,11 +255,11 @@ def main() -> int:
         ablate(
             FLAGS.config,
             FLAGS.presets,
-            seeds=_integers("seeds", FLAGS.seeds),
+            seeds=cli.integers("seeds", FLAGS.seeds),
             workdir=FLAGS.workdir,
             changes=key_values("set", FLAGS.set),
-            ensembles=_integers("ensembles", FLAGS.ensembles),
-            corrections=_integers("corrections", FLAGS.corrections),
+            ensembles=cli.integers("ensembles", FLAGS.ensembles),
+            corrections=cli.integers("corrections", FLAGS.corrections),
         )
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)

@@ -88,9 +88,8 @@ def define_opening_flags(flag_values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, None, meaning, flag_values=flag_values)
 
 
-def define_model_flags(flag_values: flags.FlagValues) -> None:
-    """The flags by which commands open a checkpoint and predict with it."""
-    define_opening_flags(flag_values)
+def define_network_flags(flag_values: flags.FlagValues) -> None:
+    """The flags that say what the networks of a checkpoint read, and how."""
     flags.DEFINE_string(
         "prompt",
         "",
@@ -110,6 +109,18 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
         "compiled programs, and predictions change a little; 0: as little as possible.",
         flag_values=flag_values,
     )
+    text = {
+        "text_guidance": "How strongly the prompt pulls, for models that look for what it names",
+        "image_guidance": "How strongly the image pulls, for those of InstructPix2Pix",
+    }
+    for name, meaning in text.items():
+        flags.DEFINE_float(name, None, f"{meaning}; default: the model's.", flag_values=flag_values)
+
+
+def define_model_flags(flag_values: flags.FlagValues) -> None:
+    """The flags by which commands open a checkpoint and predict with it."""
+    define_opening_flags(flag_values)
+    define_network_flags(flag_values)
     flags.DEFINE_integer(
         "num_inference_steps",
         None,
@@ -126,13 +137,12 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
         "flip", False, "Also predict for the mirrored image, and merge.", flag_values=flag_values
     )
     flags.DEFINE_integer("seed", 0, "Of the noise.", flag_values=flag_values)
-    text = {
-        "text_guidance": "How strongly the prompt pulls, for models that look for what it names",
-        "image_guidance": "How strongly the image pulls, for those of InstructPix2Pix",
-        "correction_guidance": "How strongly a correction pushes away from what is unwanted",
-    }
-    for name, meaning in text.items():
-        flags.DEFINE_float(name, None, f"{meaning}; default: the model's.", flag_values=flag_values)
+    flags.DEFINE_float(
+        "correction_guidance",
+        None,
+        "How strongly a correction pushes away from what is unwanted; default: the model's.",
+        flag_values=flag_values,
+    )
     flags.DEFINE_enum(
         "correction",
         None,
@@ -140,6 +150,17 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
         "How a correction goes with the other guidance, see docs/inference.md; default: add.",
         flag_values=flag_values,
     )
+
+
+def integers(name: str, values: Sequence[str]) -> list[int]:
+    """The whole numbers of a flag that takes a list.
+
+    Raises:
+        UserError: one of them is none, or negative.
+    """
+    if not all(value.isdigit() for value in values):
+        raise UserError(f"--{name}={','.join(values)} are not whole numbers.")
+    return [int(value) for value in values]
 
 
 def initialize_distributed() -> None:

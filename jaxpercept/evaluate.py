@@ -176,12 +176,8 @@ def evaluate(
     Raises:
         UserError: the checkpoint, the dataset or an option does not fit.
     """
-    overrides = {"depth_scale": depth_scale, "min_depth": min_depth, "max_depth": max_depth}
-    overrides |= {"eval_crop": eval_crop, "held_out": held_out}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    for name in options or {}:
-        if name in overrides or name in inspect.signature(open_dataset).parameters:
-            raise UserError(f"--options does not take {name}: leave it out, or use its own flag.")
+    own = {"depth_scale": depth_scale, "min_depth": min_depth, "max_depth": max_depth}
+    overrides = dataset_overrides(options, **own, eval_crop=eval_crop, held_out=held_out)
     return run_evaluation(
         open_model(checkpoint, **opening),
         Path(output) if output else default_output(checkpoint, dataset),
@@ -191,7 +187,7 @@ def evaluate(
         batch_size=batch_size,
         processing_resolution=processing_resolution,
         limit=limit,
-        overrides={**overrides, **(options or {})},
+        overrides=overrides,
         corrections=corrections,
         resume=resume,
         **_protocol_options(alignment, hce),
@@ -268,6 +264,19 @@ def _protocol_options(alignment: str | None, hce: bool) -> dict[str, Any]:
     return ({"alignment": alignment} if alignment else {}) | ({"hce": True} if hce else {})
 
 
+def dataset_overrides(options: Mapping[str, Any] | None, **own: Any) -> dict[str, Any]:
+    """What replaces a dataset's row: the flags of their own that are given, and --options.
+
+    Raises:
+        UserError: an option has a flag of its own.
+    """
+    given = {name: value for name, value in own.items() if value is not None}
+    for name in options or {}:
+        if name in given or name in inspect.signature(open_dataset).parameters:
+            raise UserError(f"--options does not take {name}: leave it out, or use its own flag.")
+    return {**given, **(options or {})}
+
+
 def key_values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
     """The KEY=VALUE pairs of a flag, values read as Python's literals or else as text.
 
@@ -286,10 +295,10 @@ def key_values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def default_output(checkpoint: str, dataset: str = "") -> Path:
+def default_output(checkpoint: str, dataset: str = "", kind: str = "evaluation") -> Path:
     """`CHECKPOINT/evaluation/DATASET` for a local checkpoint, else `evaluation/DATASET`."""
     base = Path(checkpoint) if Path(checkpoint).is_dir() else Path()
-    return base / "evaluation" / dataset
+    return base / kind / dataset
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from jaxpercept.inference import suite as suites
 from jaxpercept.inference.evaluator import EvalResult, Evaluator
 from jaxpercept.inference.measures import MEASURES
 from jaxpercept.inference.published import PUBLISHED, REPORTED
-from jaxpercept.inference.report import write_report
+from jaxpercept.inference.report import kept_report, write_report
 from jaxpercept.inference.suite import SUITES, run_suite
 from jaxpercept.metrics.depth import METRICS
 from jaxpercept.tasks import get_task
@@ -299,12 +299,12 @@ def test_options_of_a_dataset_that_cannot_be(checkpoint, tmp_path, rng, capsys):
 def test_only_reports_of_the_same_request_are_kept(tmp_path):
     path = tmp_path / "metrics.json"
     request = {"checkpoint": "runs/a", "step": 5, "vae": None, "merge": ()}
-    assert suites._earlier(path, request) is None
+    assert kept_report(path, request) is None
     path.write_text(json.dumps({"request": request, "metrics": {"sad": 1.0}}))
-    assert suites._earlier(path, request)["metrics"] == {"sad": 1.0}
-    assert suites._earlier(path, request | {"step": 6}) is None
+    assert kept_report(path, request)["metrics"] == {"sad": 1.0}
+    assert kept_report(path, request | {"step": 6}) is None
     path.write_text("{")
-    assert suites._earlier(path, request) is None
+    assert kept_report(path, request) is None
 
 
 TASKS = {

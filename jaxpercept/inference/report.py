@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import UInt8
 
 from jaxpercept.inference.evaluator import EvalResult
@@ -115,6 +118,24 @@ def write_report(folder: Path, result: EvalResult, facts: Mapping[str, Any]) -> 
     }
     save_json(paths[0], content)
     return paths
+
+
+def kept_report(path: Path, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The report of an earlier run of the same request; all processes go by the first one's."""
+    report = read_report(path)
+    same = report is not None and report.get("request") == json.loads(json.dumps(request))
+    if jax.process_count() > 1:
+        same = bool(multihost_utils.broadcast_one_to_all(np.int32(same)))
+    return (report or {}) if same else None
+
+
+def read_report(path: Path) -> Mapping[str, Any] | None:
+    """What an earlier run wrote, None where there is nothing whole."""
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) else None
 
 
 def _plain(value: float) -> float | None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
@@ -23,7 +21,7 @@ from jaxpercept.inference.evaluator import EvalResult
 from jaxpercept.inference.measures import check_dataset, measure_of
 from jaxpercept.inference.outputs import atomic, save_png
 from jaxpercept.inference.published import PUBLISHED, REPORTED
-from jaxpercept.inference.report import METRICS, PICTURE, rows_of
+from jaxpercept.inference.report import METRICS, PICTURE, kept_report, read_report, rows_of
 from jaxpercept.tasks import Task
 
 TABLE, LINES, GRID = "suite.md", "suite.csv", "suite.png"
@@ -226,7 +224,7 @@ def _run_entry(
         )
         wanted = {**request, "data_dir": str(found[0].resolve()), "examples": len(records)}
         wanted |= {"held_out": held_out} if held_out else {}
-        report = _earlier(folder / entry.name / METRICS, wanted)
+        report = kept_report(folder / entry.name / METRICS, wanted)
         if report is not None:
             return Line(entry, "kept", report=report)
         evaluate(entry, found[0], held_out, {"request": wanted})
@@ -234,7 +232,7 @@ def _run_entry(
         return Line(entry, "absent", str(error))
     except UserError as error:
         return Line(entry, "failed", str(error))
-    return Line(entry, "evaluated", report=_read(folder / entry.name / METRICS))
+    return Line(entry, "evaluated", report=read_report(folder / entry.name / METRICS))
 
 
 def _held_out(trained: Mapping[str, Any], entry: Entry, target: str) -> float:
@@ -245,23 +243,6 @@ def _held_out(trained: Mapping[str, Any], entry: Entry, target: str) -> float:
         return 0.0
     split = options.get("split") or entry.row.splits_with((target,))[0]
     return (options.get("held_out") or 0.0) if split == entry.split else 0.0
-
-
-def _earlier(path: Path, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The report of an earlier run of the same request; all processes go by the first one's."""
-    report = _read(path)
-    same = report is not None and report.get("request") == json.loads(json.dumps(request))
-    if jax.process_count() > 1:
-        same = bool(multihost_utils.broadcast_one_to_all(np.int32(same)))
-    return (report or {}) if same else None
-
-
-def _read(path: Path) -> Mapping[str, Any] | None:
-    try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return report if isinstance(report, dict) else None
 
 
 # ---- files ---------------------------------------------------------------------------------------

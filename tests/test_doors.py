@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_model import quick_compile  # noqa: F401
 
 import jaxpercept
-from jaxpercept import cli, evaluate, predict
+from jaxpercept import analyze, cli, evaluate, predict
 from jaxpercept.errors import UserError
 from jaxpercept.inference import image_files
 from jaxpercept.inference.outputs import ENDINGS
@@ -40,7 +40,7 @@ def image(rng, *size) -> Image.Image:
 # ---- what all commands share ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [predict, evaluate])
+@pytest.mark.parametrize("module", [predict, evaluate, analyze])
 def test_help_teaches(module, capsys):
     assert door(module, "--help") == 0
     text = capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_help_teaches(module, capsys):
         assert f"--{name}: " in text
 
 
-@pytest.mark.parametrize("module", [predict, evaluate])
+@pytest.mark.parametrize("module", [predict, evaluate, analyze])
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -22,7 +22,7 @@ training timestep.
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from jaxpercept.diffusion import sampler
 from jaxpercept.diffusion.sampler import Steps
@@ -121,7 +121,7 @@ def _factors(
 
 
 def step_of_timestep(
-    timesteps: Int[np.ndarray, "n"], num_train_timesteps: int
+    timesteps: Num[np.ndarray, "n"], num_train_timesteps: int
 ) -> Int[np.ndarray, "t"]:
     """Which inference step covers each training timestep.
 
@@ -129,7 +129,7 @@ def step_of_timestep(
     below, the first also those above, where the inference starts late (leading spacing).
 
     Args:
-      timesteps: of the inference, descending.
+      timesteps: of the inference, descending; they need not be whole.
       num_train_timesteps: T.
     """
     first = len(timesteps) - 1

@@ -98,8 +98,10 @@ def _weights(
         axes.fill_between(
             edges, [*low, low[-1]], [*high, high[-1]], step="post", color=_BLUE, alpha=0.2, lw=0
         )
+    # A closed form's peak at a single step is cut off.
+    shown = [np.quantile(density * total, 0.99) for density in references.values()]
     axes.set_xlim(0, total)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(*shown, weights.max(), np.nan_to_num(high).max()))
     axes.set_xlabel("timestep t")
     axes.set_ylabel("weight, uniform = 1")
 

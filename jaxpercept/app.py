@@ -13,6 +13,9 @@ before the page is ready; with JAX_COMPILATION_CACHE_DIR set, only the first tim
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +37,14 @@ flags.DEFINE_multi_string(
     flag_values=FLAGS,
 )
 flags.DEFINE_string("host", "127.0.0.1", "Address to serve at.", flag_values=FLAGS)
-flags.DEFINE_integer("port", 7860, "Port to serve at; 0: any that is free.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "port",
+    7860,
+    "Port to serve at; 0: any that is free.",
+    lower_bound=0,
+    upper_bound=65535,
+    flag_values=FLAGS,
+)
 flags.DEFINE_float("max_upload_mb", 20.0, "Largest file that is accepted.", flag_values=FLAGS)
 flags.DEFINE_float(
     "max_upload_mp", 40.0, "Largest picture that is accepted, in million pixels.", flag_values=FLAGS
@@ -79,14 +89,14 @@ def app(
     Raises:
         UserError: Gradio is missing, an address is taken, or a model cannot be opened.
     """
-    server = _import_server()
     given = [checkpoint] if isinstance(checkpoint, str) else checkpoint
     names = [name for part in given for name in part.split(",") if name]
     told = [name for name in _OPENING if opening.get(name) is not None]
     if len(names) > 1 and told:
         raise UserError(f"--{told[0]} speaks of one checkpoint: leave it out, or give one alone.")
     limits = Limits(max_upload_mb, max_upload_mp)
-    with server.listen(host, port) as listening:
+    with listen(host, port) as listening:
+        server = _import_server()
         opened = open_models(names, num_inference_steps, processing_resolution, **opening)
         if warm_up:
             for model in opened:
@@ -95,16 +105,39 @@ def app(
         server.serve(opened, limits, listening)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address, so that a wrong one is known before models are opened.
+
+    Args:
+        host: a name or an address; 0.0.0.0 for all of the machine's.
+        port: 0 for any that is free.
+
+    Raises:
+        UserError: the address is not this machine's, or taken.
+    """
+    with contextlib.ExitStack() as unless_bound:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listening = unless_bound.enter_context(socket.socket(found[0], socket.SOCK_STREAM))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(found[4])
+        except OSError as error:
+            raise UserError(
+                f"cannot serve at {host}, port {port} ({error.strerror}): give another --host or --port."
+            ) from error
+        unless_bound.pop_all()
+    return listening
+
+
 def _import_server() -> Any:
     try:
-        from jaxpercept.webpage import server
+        return importlib.import_module("jaxpercept.webpage.server")
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("gradio", "fastapi", "uvicorn"):
             raise
         raise UserError(
             "The page needs the package Gradio; install it with `pip install 'jaxpercept[app]'`."
         ) from error
-    return server
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +15,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+import jaxpercept
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.orbax import save_export
 from jaxpercept.inference.batches import local_mesh
-from jaxpercept.models.config import UNetConfig, VAEConfig
+from jaxpercept.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from jaxpercept.models.functional import functional
 from jaxpercept.tasks.depth import DEPTH
 
@@ -120,6 +123,33 @@ def _draw(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.nda
 def save(folder: Path, rng: np.random.Generator, **changes: Any) -> Path:
     """An Orbax export of the model."""
     save_export(folder, description(**changes), params(rng))
+    return folder
+
+
+def save_referring(folder: Path, rng: np.random.Generator, **changes: Any) -> Path:
+    """An Orbax export of a model that looks for what a text names, in several steps; its tokenizer
+    is sd-tiny's."""
+    tokenizer = Path(jaxpercept.__file__).parent / "assets" / "sd-tiny" / "tokenizer"
+    text = CLIPTextConfig(
+        vocab_size=1024,
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+    )
+    unet = dataclasses.replace(COMPONENTS["unet"], in_channels=8)
+    components = {**COMPONENTS, "unet": unet, "text_encoder": text}
+    values = {
+        "components": components,
+        "method": {},
+        "recipe": {"family": "instruct_pix2pix", "num_steps": 6},
+        "task": "referring",
+        "task_options": {"paint": False},
+        **changes,
+    }
+    save_export(folder, description(**values), params(rng, components, tokens=24))
+    shutil.copytree(tokenizer, folder / "tokenizer")
     return folder
 
 

@@ -18,7 +18,7 @@ REFERRING = (
     (5, "the ball in front"),
     (6, "the blue cylinder on the left"),
     (9, "the green box on the right"),
-    (2, "the cone on the right"),
+    (2, "the cone in front"),
     (15, "the box on the left"),
 )
 FURNISHED = (0, 1, 2, 3, 4, 5)

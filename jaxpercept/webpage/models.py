@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from jaxpercept.diffusion.guidance import Guidance
 from jaxpercept.errors import UserError
 from jaxpercept.inference.correction import Session
 from jaxpercept.inference.options import Options, check_options
@@ -68,8 +67,7 @@ class Model:
         """
         guidance = None
         if self.reads_text:
-            text, image = self.pipe.perception.recipe.guidance
-            guidance = Guidance(text, image, correction)
+            guidance = self.pipe.perception.guidance(correction=correction)
         return Session(
             self.pipe,
             rgb,

@@ -17,7 +17,6 @@ import gradio as gr
 import uvicorn
 from absl import logging
 
-from jaxpercept.errors import UserError
 from jaxpercept.webpage.models import Model
 from jaxpercept.webpage.page import CSS, Page
 from jaxpercept.webpage.uploads import Limits
@@ -65,29 +64,6 @@ def application(models: Sequence[Model], limits: Limits) -> fastapi.FastAPI:
         mcp_server=False,
         enable_monitoring=False,
     )
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address, so that a wrong one is known before models are opened.
-
-    Args:
-        host: a name or an address; 0.0.0.0 for all of the machine's.
-        port: 0 for any that is free.
-
-    Raises:
-        UserError: the address is not this machine's, or taken.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(found[0], socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(found[4])
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"cannot serve at {host}, port {port} ({reason}): give another --host or --port."
-        ) from error
-    return listening
 
 
 def serve(models: Sequence[Model], limits: Limits, listening: socket.socket) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +36,9 @@ class Limits:
     edge: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("megabytes", "megapixels"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--max_upload_{name[:5]} must be above 0.")
+        for name, limit in (("mb", self.megabytes), ("mp", self.megapixels)):
+            if not limit > 0:
+                raise UserError(f"--max_upload_{name} is {limit}: give more than 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +74,9 @@ def read_upload(path: str | Path, limits: Limits) -> Picture:
             "choose a smaller file."
         )
     data = path.read_bytes()
-    notes = _check_header(data, name, limits)
+    _check_header(data, name, limits)
     try:
-        rgb = decode_rgb(data, name=name)
+        rgb, notes = decode_rgb(data, name=name), _notes(data)
     except UnreadableFileError as error:
         raise UserError(
             f"{name} is damaged, or of an unusual kind ({_reason(error)}): choose another file."
@@ -88,18 +90,13 @@ def read_upload(path: str | Path, limits: Limits) -> Picture:
     return Picture(rgb, name, tuple(notes))
 
 
-def _check_header(data: bytes, name: str, limits: Limits) -> list[str]:
-    """Notes on what the file holds; a UserError, before a pixel is decoded, where it is refused."""
+def _check_header(data: bytes, name: str, limits: Limits) -> None:
+    """Raises a UserError, before a pixel is decoded, where a file is no picture, or a large one."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow's own on many pixels, and on damaged EXIF
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                width, height = image.size
-                frames = getattr(image, "n_frames", 1) if width * height else 1
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-                mode, transparent = image.mode, image.has_transparency_data
+        with _opened(data) as image:
+            width, height = image.size
     except Image.DecompressionBombError:
-        width = height = frames = None
+        width = height = None
     except Exception:  # damaged files make Pillow raise almost anything
         kinds = ", ".join(kind.replace("PPM", "PNM") for kind in _FORMATS)
         raise UserError(
@@ -111,14 +108,29 @@ def _check_header(data: bytes, name: str, limits: Limits) -> list[str]:
             f"{name} has {pixels}, and at most {limits.megapixels:g} million are accepted: "
             "choose a smaller picture."
         )
-    told = {
-        "turned upright": turned,
-        f"the first of {frames} pictures": frames > 1,
-        "transparency laid over white": transparent,
-        "CMYK shown as RGB": mode == "CMYK",
-        "16 bits reduced to 8": mode.startswith("I"),
-    }
+
+
+def _notes(data: bytes) -> list[str]:
+    """What is done to the pixels of a file that has been decoded."""
+    with _opened(data) as image:
+        frames = getattr(image, "n_frames", 1)
+        told = {
+            "turned upright": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+            f"the first of {frames} pictures": frames > 1,
+            "transparency laid over white": image.has_transparency_data,
+            "CMYK shown as RGB": image.mode == "CMYK",
+            "16 bits reduced to 8": image.mode.startswith("I"),
+        }
     return [note for note, is_so in told.items() if is_so]
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A file of the formats that are accepted, of which only the header has been read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on many pixels, and on damaged EXIF data
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            yield image
 
 
 def _reason(error: Exception) -> str:

@@ -123,7 +123,8 @@ def listen(host: str, port: int) -> socket.socket:
             listening.bind(found[4])
         except OSError as error:
             raise UserError(
-                f"cannot serve at {host}, port {port} ({error.strerror}): give another --host or --port."
+                f"cannot serve at {host}, port {port} ({error.strerror}): give another --host or "
+                "--port."
             ) from error
         unless_bound.pop_all()
     return listening

@@ -19,7 +19,7 @@ REFERRING = (
     (6, "the blue cylinder on the left"),
     (9, "the green box on the right"),
     (2, "the cone in front"),
-    (15, "the box on the left"),
+    (15, "the box on the right"),
 )
 FURNISHED = (0, 1, 2, 3, 4, 5)
 

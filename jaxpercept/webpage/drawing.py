@@ -14,6 +14,7 @@ from jaxpercept.inference.outputs import KINDS, picture
 _TINT = np.array([235, 60, 25], np.float32)
 _STRENGTH = 0.65  # of the tint where the map is 1
 _FADED = 0.35  # of white where it is 0
+_WIDEST = 1080  # pixels on the page
 _OVERLAID = ("mask", "alpha")
 
 
@@ -54,6 +55,21 @@ def marked(drawn: UInt8[np.ndarray, "h w 3"], x: int, y: int) -> UInt8[np.ndarra
         box = (x - radius, y - radius, x + radius, y + radius)
         pen.ellipse(box, outline=colour, width=width)
     return np.asarray(image)
+
+
+def scale_of(rgb: UInt8[np.ndarray, "h w 3"]) -> float:
+    """By what a prediction is enlarged to be shown.
+
+    Gradio reckons where a picture was clicked as if it were never shown larger than it is.
+    """
+    return max(_WIDEST / max(rgb.shape[:2]), 1.0)
+
+
+def enlarged(drawn: UInt8[np.ndarray, "h w 3"], scale: float) -> UInt8[np.ndarray, "_ _ 3"]:
+    """A picture larger by this factor."""
+    height, width = (round(edge * scale) for edge in drawn.shape[:2])
+    image = Image.fromarray(drawn)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def value_at(

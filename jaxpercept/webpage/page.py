@@ -10,6 +10,7 @@ import gradio as gr
 from absl import logging
 
 from jaxpercept.errors import UserError
+from jaxpercept.webpage.drawing import enlarged, scale_of
 from jaxpercept.webpage.examples import Scene, furnished_scenes, referring_scenes
 from jaxpercept.webpage.models import Model
 from jaxpercept.webpage.uploads import Limits, read_upload
@@ -184,18 +185,14 @@ class Page:
             [*whole, self._intro, self._examples, self._find, self._steps, self._strength],
             **quiet,
         )
-        asked = gr.on([self._find.click, self._phrase.submit], self._look, told, whole, **work)
-        runs = [asked]
+        gr.on([self._find.click, self._phrase.submit], self._look, told, whole, **work)
         # Pictures that need no words are predicted at once; so are the examples, which have some.
         for event, examples in ((arrived, False), (changed, False), (chosen, True)):
             then = self._look if examples else self._look_without_words
-            runs.append(event.then(then, told, whole, **work))
+            event.then(then, told, whole, **work)
         corrected = [self._visit, self._unwanted]
-        events = [self._correct.click, self._unwanted.submit]
-        runs.append(gr.on(events, self._amend, corrected, whole, **work))
+        gr.on([self._correct.click, self._unwanted.submit], self._amend, corrected, whole, **work)
         self._result.select(self._click, [self._visit], whole, **quiet)
-        self._drop.upload(None, cancels=runs)
-        self._examples.select(None, cancels=runs)
 
     def _outputs(self) -> list[Any]:
         return [
@@ -287,7 +284,7 @@ class Page:
             for shown in steps:
                 updates: Updates = {self._visit: visit, self._status: said(shown.message)}
                 if shown.image is not None:
-                    updates[self._result] = shown.image
+                    updates[self._result] = enlarged(shown.image, scale_of(shown.image))
                 if shown.done:
                     updates |= self._keep(visit)
                     if model is not None:
@@ -313,11 +310,15 @@ class Page:
     def _click(self, visit: Visit | None, event: gr.SelectData) -> Updates:
         visit = visit or Visit()
         try:
-            x, y = event.index
-            shown = visit.click(int(x), int(y))
+            scale = visit.scale
+            x, y = (int(place / scale) for place in event.index)
+            shown = visit.click(x, y)
         except UserError as error:
             return {self._visit: visit, self._status: said(str(error), wrong=True)}
-        updates: Updates = {self._result: shown.image, self._status: said(shown.message)}
+        updates: Updates = {
+            self._result: enlarged(shown.image, scale),
+            self._status: said(shown.message),
+        }
         if shown.suggestion is not None:
             updates[self._unwanted] = shown.suggestion
         return updates

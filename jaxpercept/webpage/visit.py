@@ -19,7 +19,7 @@ import jaxpercept
 from jaxpercept.errors import UserError
 from jaxpercept.inference.correction import Round, Session
 from jaxpercept.inference.outputs import legend, save_prediction
-from jaxpercept.webpage.drawing import draw, marked, value_at
+from jaxpercept.webpage.drawing import draw, marked, scale_of, value_at
 from jaxpercept.webpage.examples import Scene
 from jaxpercept.webpage.models import Model
 from jaxpercept.webpage.uploads import Picture
@@ -151,11 +151,15 @@ class Visit:
         session, model, picture = self.session, self._model, self.picture
         yield Shown(f"Looking for '{session.prompt}' ..." if session.prompt else "Predicting ...")
         for glimpse in session.watch(unwanted):
-            if glimpse.step == glimpse.steps or self.session is not session:
+            if glimpse.step == glimpse.steps:
                 break
             every = max(glimpse.steps // _PREVIEWS, 1)
+            shown = None
             if glimpse.step % every == 0:
                 shown = _draw(model, picture, glimpse.prediction())
+            if self.session is not session:
+                return
+            if shown is not None:
                 yield Shown(f"Step {glimpse.step} of {glimpse.steps} ...", shown)
         if self.session is not session:
             return
@@ -167,6 +171,11 @@ class Visit:
 
     # ---- clicks ----------------------------------------------------------------------------------
 
+    @property
+    def scale(self) -> float:
+        """By what the last prediction is enlarged on the page; 1 where there is none."""
+        return scale_of(self._drawn[-1]) if self._drawn else 1.0
+
     def click(self, x: int, y: int) -> Shown:
         """A click on the prediction.
 
@@ -174,7 +183,8 @@ class Visit:
         its phrase is suggested; of other pictures the point is marked, and words are asked for.
 
         Args:
-            x, y: pixel of the picture.
+            x, y: pixel of the prediction as it is drawn, before it is enlarged; where several maps
+                lie beside each other, of any of them.
 
         Raises:
             UserError: there is nothing to click on yet.
@@ -182,8 +192,9 @@ class Visit:
         if not self._drawn:
             raise UserError("There is no prediction yet to click on.")
         height, width = self.picture.rgb.shape[:2]
-        x, y = min(max(x, 0), width - 1), min(max(y, 0), height - 1)
-        drawn, model = marked(self._drawn[-1], x, y), self._model
+        drawn, model = self._drawn[-1], self._model
+        x, y = min(max(x, 0), drawn.shape[1] - 1), min(max(y, 0), height - 1)
+        drawn, x = marked(drawn, x, y), x % width
         if not model.reads_text:
             kind = model.pipe.perception.task.kind
             value = value_at(kind, self.session.rounds[-1].prediction, x, y, _legend(model))

@@ -10,7 +10,11 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from hypothesis import settings
 
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

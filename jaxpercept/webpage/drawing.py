@@ -42,9 +42,10 @@ def overlay(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The picture, red where the mask is 1 and pale where it is 0."""
     mask = np.clip(mask, 0, 1)
-    faded = rgb * (1 - _FADED) + 255 * _FADED
-    tinted = rgb * (1 - _STRENGTH) + _TINT * _STRENGTH
-    return np.rint(faded * (1 - mask) + tinted * mask).astype(np.uint8)
+    # Of the picture, and of what is laid over it: white, and the tint.
+    kept = (1 - _FADED) * (1 - mask) + (1 - _STRENGTH) * mask
+    laid = 255 * _FADED * (1 - mask) + _STRENGTH * mask * _TINT
+    return np.rint(rgb * kept + laid).astype(np.uint8)
 
 
 def marked(drawn: UInt8[np.ndarray, "h w 3"], x: int, y: int) -> UInt8[np.ndarray, "h w 3"]:

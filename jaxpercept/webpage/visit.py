@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ from jaxpercept.webpage.uploads import Picture
 
 _LONGEST = 200  # characters of a phrase
 _MOST_ROUNDS = 20  # each keeps its map
-_PREVIEWS = 6  # pictures on the way of a round; each costs a pass through the decoder
+_PREVIEWS = 6  # of a whole round at most; each costs a pass through the decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Visit:
         for glimpse in session.watch(unwanted):
             if glimpse.step == glimpse.steps:
                 break
-            every = max(glimpse.steps // _PREVIEWS, 1)
+            every = math.ceil(glimpse.steps / _PREVIEWS)
             shown = None
             if glimpse.step % every == 0:
                 shown = _draw(model, picture, glimpse.prediction())

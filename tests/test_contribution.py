@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from tiny_model import quick_compile  # noqa: F401
 
-from jaxpercept.diffusion import contribution, sampler
+from jaxpercept.diffusion import contribution
 from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.schedule import GENPERCEPT, NoiseSchedule
+from jaxpercept.diffusion.steps import sample
 from jaxpercept.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -114,7 +115,7 @@ def test_factors_are_the_derivatives_of_diffusers_loop(
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
 @pytest.mark.parametrize("result", ["x0", "sample"])
 def test_factors_are_the_derivatives_of_our_loop(rng, name, result):
-    """As `sampler.sample` runs it, in float32; noise in between changes nothing."""
+    """As `steps.sample` runs it, in float32; noise in between changes nothing."""
     steps = Solver.from_config({**CONFIG, "_class_name": name, "steps_offset": 1}).steps(7)
     timesteps = jnp.asarray(steps.table.timestep, jnp.float32)
     start, key = jnp.asarray(rng.normal(size=(1, 3)), jnp.float32), jax.random.key(5)
@@ -123,7 +124,7 @@ def test_factors_are_the_derivatives_of_our_loop(rng, name, result):
         def predict(x, t):
             return jnp.full(x.shape, jnp.sum(jnp.where(timesteps == t[0], outputs, 0)))
 
-        x, x0 = sampler.sample(steps, predict, start, key=key)
+        x, x0 = sample(steps, predict, start, key=key)
         return (x0 if result == "x0" else x)[0, 0]
 
     gradient = jax.jit(jax.grad(run))(jnp.asarray(rng.normal(size=7), jnp.float32))

@@ -134,7 +134,7 @@ def test_the_loss_is_that_of_torch(networks, rng, kind, wanted):  # noqa: F811
     loss, _ = loss_fn(params[8], batch, key)
 
     key_t, key_noise = jax.random.split(key)
-    t = np.asarray(sample_timesteps(policy, key_t, batch["index"], 1000))
+    t = np.asarray(sample_timesteps(policy, key_t, batch["index"], m.solver.schedule))
     draw = functools.partial(jax.random.normal, shape=LATENT)
     noise = nchw(np.asarray(per_example(key_noise, batch["index"], draw)))
     keys = corruption_keys(key, batch["index"])

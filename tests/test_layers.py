@@ -55,11 +55,12 @@ def test_convolution_of_few_pixels_and_many_channels(rng, padding, stride):
     got = output_and_gradients(
         lambda x, k: layers.conv2d(x, k, stride=stride, padding=pads), weight, x, kernel
     )
-    x, kernel = to_torch(x).requires_grad_(), as_kernel(kernel).requires_grad_()
+    # Sums of 9216 terms, rounded differently by every processor: held to the exact ones.
+    x, kernel = to_torch(x).double().requires_grad_(), as_kernel(kernel).double().requires_grad_()
     want = torch.conv2d(x, kernel, stride=stride, padding=padding)
     (want * to_torch(weight)).sum().backward()
     want_kernel = kernel.grad.numpy().transpose(2, 3, 1, 0)
-    assert_all_close(got, (from_torch(want), from_torch(x.grad), want_kernel), 2e-6)
+    assert_all_close(got, (from_torch(want), from_torch(x.grad), want_kernel), 1e-5)
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -63,16 +63,5 @@ def _coco(config: ConfigDict) -> ConfigDict:
 
 
 def _refcoco(config: ConfigDict) -> ConfigDict:
-    """256 x 256, batches of 256, AdamW at 1e-4, averaged weights; Euler-ancestral in 100 steps."""
-    config = presets.painted(presets.paper(config, (256, 256), 32), num_steps=100)
-    config = presets.corrupted(presets.contribution(config, "addp_ris"))
-    config.checkpoint = "timbrooks/instruct-pix2pix"
-    config.scheduler._class_name = "EulerAncestralDiscreteScheduler"
-    config.batch_size, config.accumulate = 256, 8
-    config.data.augment.update({"flip": 0.0, "rgb_resize": "antialias"})
-    config.optimizer.learning_rate = 1e-4
-    config.optimizer.schedule = "constant"
-    config.optimizer.warmup_steps = 0
-    config.optimizer.weight_decay = 0.01
-    config.ema_decay = 0.9999
-    return presets.trained_on(config, {"refcoco": 1.0}, "refcoco")
+    config = presets.contribution(presets.instruct_pix2pix(config), "addp_ris")
+    return presets.trained_on(presets.corrupted(config), {"refcoco": 1.0}, "refcoco")

@@ -22,11 +22,14 @@ name below --data_root, at the papers' resolutions; where the training held out 
 files, on that share. --output gets suite.md, suite.csv and suite.png, and for each dataset a
 folder; what is absent is listed as absent. The same command again goes on where it was stopped:
 what was evaluated with the same weights and options is not evaluated again.
+
+A generalist is evaluated task by task, those that the dataset has the truth of, or only --task.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
@@ -166,21 +169,24 @@ def evaluate(
     corrections: int = 0,
     resume: float = 0.5,
     **opening: Any,
-) -> EvalResult:
+) -> EvalResult | dict[str, EvalResult]:
     """Evaluate, print the table and write the files, as the module's text says.
 
     Args:
         checkpoint, dataset, ...: the flags of these names; those of the model as in `open_model`.
         options: of the dataset's row, by name.
 
+    Returns:
+        What was found; of a generalist without `task`, for each task.
+
     Raises:
         UserError: the checkpoint, the dataset or an option does not fit.
     """
     own = {"depth_scale": depth_scale, "min_depth": min_depth, "max_depth": max_depth}
     overrides = dataset_overrides(options, **own, eval_crop=eval_crop, held_out=held_out)
-    return run_evaluation(
-        open_model(checkpoint, **opening),
-        Path(output) if output else default_output(checkpoint, dataset),
+    folder = Path(output) if output else default_output(checkpoint, dataset)
+    evaluation = functools.partial(
+        run_evaluation,
         dataset=dataset,
         data_dir=data_dir,
         split=split,
@@ -192,6 +198,12 @@ def evaluate(
         resume=resume,
         **_protocol_options(alignment, hce),
     )
+    results = {}
+    for task, model in open_model(checkpoint, **opening).parts(dataset).items():
+        if task and jax.process_index() == 0:
+            print(f"{task}:")
+        results[task] = evaluation(model, folder / task)
+    return results.get("", results)
 
 
 def evaluate_suite(

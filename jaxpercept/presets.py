@@ -208,19 +208,38 @@ def denoising(
 
 
 def painted(config: ConfigDict, num_steps: int = 10) -> ConfigDict:
-    """What a phrase names painted red by denoising: InstructPix2Pix's method, as ADDP trains it.
+    """The image edited as the text says, by denoising: InstructPix2Pix's method, as ADDP trains it.
 
     The network predicts x_0. The first step is at the last timestep (trailing), where ADDP's table
     draws most.
     """
     config = denoising(config, "gaussian")
-    config.task_options.paint = True
+    if config.task == "referring":
+        config.task_options.paint = True
     config.method.update(
         {"family": "instruct_pix2pix", "num_steps": num_steps}
         | dict.fromkeys(("drop_text", "drop_image", "drop_both"), 0.05)
         | {"text_guidance": 3.0, "image_guidance": 1.5}
     )
     config.scheduler.update({"prediction_type": "sample", "timestep_spacing": "trailing"})
+    return config
+
+
+def instruct_pix2pix(config: ConfigDict) -> ConfigDict:
+    """`painted` at full size, as ADDP releases it.
+
+    256 x 256, batches of 256, AdamW at 1e-4, averaged weights; Euler-ancestral in 100 steps.
+    """
+    config = painted(paper(config, (256, 256), 32), num_steps=100)
+    config.checkpoint = "timbrooks/instruct-pix2pix"
+    config.scheduler._class_name = "EulerAncestralDiscreteScheduler"
+    config.batch_size, config.accumulate = 256, 8
+    config.data.augment.update({"flip": 0.0, "rgb_resize": "antialias"})
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_steps = 0
+    config.optimizer.weight_decay = 0.01
+    config.ema_decay = 0.9999
     return config
 
 

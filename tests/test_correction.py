@@ -15,7 +15,7 @@ from jaxpercept.diffusion.guidance import Guidance
 from jaxpercept.errors import UserError
 from jaxpercept.inference.correction import Person, Questions, Round, Script, Session, read_scripts
 from jaxpercept.inference.opening import open_perception, open_tokenizer
-from jaxpercept.tasks.referring import redness
+from jaxpercept.tasks.referring import RED, closeness
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 EULER = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "linspace"}
@@ -150,6 +150,6 @@ def test_who_says_what_is_wrong(image, tmp_path):
 
 def test_the_map_is_the_distance_to_red(rng):
     colours = rng.uniform(0, 1, (1, 4, 5, 3)).astype(np.float32)
-    found = np.asarray(redness(jax.numpy.asarray(colours))) > 0.5
+    found = np.asarray(closeness(jax.numpy.asarray(colours), RED)) > 0.5
     distance = np.linalg.norm(255 * colours - [255, 0, 0], axis=-1, keepdims=True)
     np.testing.assert_array_equal(found, distance < 50)

@@ -79,7 +79,8 @@ def sd21():
 
 def test_there_are_presets_for_every_task():
     tasks = {MODULES[stem].get_config(name).task for stem, name in PRESETS}
-    assert {name for name, task in TASKS.items() if task.fields} <= tasks
+    parts = {name for name in TASKS if ":" in name}  # of the generalist
+    assert {name for name, task in TASKS.items() if task.fields} - parts <= tasks
     assert len(PRESETS) > 80
 
 
@@ -104,6 +105,8 @@ def test_a_preset_builds(stem, name, sd21, monkeypatch):
 
     # Something is trained, and every expression means something.
     networks = {"unet": model.unet, "vae": model.vae, "head": model.head}
+    if "text_encoder/" in config.trainable:
+        networks["text_encoder"] = model.text_encoder
     shapes = {part: network.shapes for part, network in networks.items() if network is not None}
     trained, _ = split_params(shapes, config.trainable)
     make_optimizer(config.optimizer)[0].init(jax.tree.map(lambda s: np.zeros(()), trained))

@@ -135,7 +135,7 @@ def test_what_an_ensemble_may_do():
         "scale_invariant": True,
         "shift_invariant": False,
     }
-    merges = {name: task.merge for name, task in TASKS.items()}
+    merges = {name: task.merge for name, task in TASKS.items() if ":" not in name}
     assert {name for name in merges if merges[name] == "affine"} == {"depth", "disparity"}
     assert {name for name in merges if merges[name] == "normals"} == {"normals"}
     assert DepthTask() == DEPTH

@@ -52,12 +52,15 @@ class Records:
     - `alpha` float32 [h, w, 1] in [0, 1]: masks and mattes, valid everywhere; with it `trimap`
       uint8 [h, w, 1] (0 background, 128 unknown, 255 foreground) where the dataset has one;
     - `classes` int32 [h, w, 1], numbers into the row's `class_names`, 255 where void, i.e. invalid;
+      with it `labels`, the row's;
     - `keypoints` float32 [k, 3] of one person, (x, y, visibility): pixels of this picture with the
       middle of the first at 0.5; 0 absent (then x = y = 0), 1 occluded, 2 visible; with it `box`
       float32 [4] (left, top, right, bottom) and `flip_pairs` (see the row);
     - `referred` float32 [h, w, 1], 1 on what the phrase `caption` names and 0 elsewhere, invalid
       where the dataset does not know; with it `distractors`, a list of phrases that name other
-      things of the picture, those of the same kind first.
+      things of the picture, those of the same kind first;
+    - `instances`: `instance` int32 [h, w, 1], 0 where nothing is, and `kinds`, the names of what
+      the instances from 1 on are.
     Where they exist also: `caption` str, `instance` int32 [h, w, 1], `phrases` (pairs of text and
     instance), `kinds` (of the instances from 1 on), `intrinsics` (fx, fy, cx, cy) in pixels; with
     depth `unmasked_depth`, metres as the file has them. Rendered scenes have everything they know,
@@ -107,6 +110,7 @@ class Records:
             masks["normals"] = record["normals"].any(axis=-1, keepdims=True)
         if "classes" in record:
             masks["classes"] = record["classes"] != VOID
+            record["labels"] = row.labels
         if "referred" in self.targets:
             record = refer(record, place_of(record["name"]))
             if self.evaluation:

@@ -21,12 +21,13 @@ import collections
 import logging
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from jaxpercept.data.datasets import DATASETS, TARGETS, Record, Records, open_dataset
+from jaxpercept.data.instructions import TRUTHS
 from jaxpercept.data.stages import (
     Collate,
     LoadExample,
@@ -54,6 +55,7 @@ def make_train_dataset(
     augment: Augment | Mapping[str, Any] | None = None,
     fields: Sequence[str] = DEPTH_FIELDS,
     tokenize: Tokenize | None = None,
+    instructions: Sequence[str] = (),
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
@@ -73,8 +75,12 @@ def make_train_dataset(
         [b, 4], `referred` float32 [b, H, W, 1] (0 or 1), `valid` bool [b, H, W, 1] (where all of
         these targets are), `index` int32 [b] (position in the global stream), `input_ids` int32
         [b, l], of the caption, which beside `referred` is the phrase. The targets mean what they
-        mean in a record (`datasets.Records`); the datasets are opened for exactly those.
+        mean in a record (`datasets.Records`); the datasets are opened for exactly those. With
+        `instructions` also `truth` float32 [b, H, W, 3] and `subtask` int32 [b], see
+        `instructions.instruct`.
       tokenize: captions -> int32 [n, l]; picklable; runs in the workers.
+      instructions: tasks of `instructions.TRUTHS`: every dataset gives as many examples of each of
+        these as of any other that it has the truth of, with the instruction as caption.
       process_index, process_count: the share of this process.
       num_workers: processes that decode; 0 decodes in a thread of this process.
 
@@ -101,22 +107,32 @@ def make_train_dataset(
     needs = _needs(fields)
     if "caption" in needs and tokenize is None:
         raise UserError("The field input_ids needs a tokenizer; give `tokenize`.")
-    records = []
+    parts, records = [], []
     for name, weight, options in mixture:
         if not weight > 0:
             raise UserError(f"The weight of dataset {name} must be positive, got {weight}.")
-        provides = DATASETS[name].provides if name in DATASETS else needs
-        for need in sorted(needs - provides):
-            raise UserError(f"Dataset {name} has no {need}; leave it out of this mixture.")
-        targets = needs & set(TARGETS)
+        asked = _asked_of(name, instructions)
+        parts += [_Part(name, weight / len(asked), dict(options), task) for task in asked]
+    for part in parts:
+        provides = DATASETS[part.name].provides if part.name in DATASETS else part.needs(needs)
+        for need in sorted(part.needs(needs) - provides):
+            raise UserError(f"Dataset {part.name} has no {need}; leave it out of this mixture.")
+        targets = part.needs(needs) & set(TARGETS)
         if augment.haze:  # fog needs to know how far things are
             targets |= {"depth"} & provides
-        options = {"resolution": resolution, "targets": targets} | dict(options)
-        records.append(open_dataset(name, **options))
+        options = {"resolution": resolution, "targets": targets} | part.options
+        records.append(open_dataset(part.name, **options))
         if len(records[-1]) == 0:
-            raise UserError(f"Dataset {name} is empty; leave it out or make it larger.")
-    stream = mixed_stream([len(r) for r in records], [w for _, w, _ in mixture], seed)
-    load = LoadExample(tuple(records), augment, resolution, seed, frozenset(needs))
+            raise UserError(f"Dataset {part.name} is empty; leave it out or make it larger.")
+    stream = mixed_stream([len(r) for r in records], [part.weight for part in parts], seed)
+    load = LoadExample(
+        tuple(records),
+        augment,
+        resolution,
+        seed,
+        needs=tuple(frozenset(part.needs(needs)) for part in parts),
+        asked=tuple(part.task for part in parts),
+    )
     # Wrong files or a wrong depth_scale show before anything is built.
     first = [load((0, number, 0)) for number in range(len(records))]
     _check_compatible(records, first, needs)
@@ -231,7 +247,40 @@ _NEEDS = {
     "box": "keypoints",
     "referred": "referred",
     "input_ids": "caption",
+    "truth": None,
+    "subtask": None,
 }
+
+
+class _Part(NamedTuple):
+    """A dataset of a mixture, for one task where it has several."""
+
+    name: str
+    weight: float
+    options: dict[str, Any]
+    task: str
+
+    def needs(self, fields: Collection[str]) -> set[str]:
+        """Targets, and "caption": its task's, or those of a batch's fields."""
+        return {TRUTHS[self.task]} if self.task else set(fields)
+
+
+def _asked_of(name: str, instructions: Sequence[str]) -> list[str]:
+    """The tasks that a dataset has the truth of; [""] where no tasks are given.
+
+    Raises:
+      UserError: there is none of those given.
+    """
+    if not instructions:
+        return [""]
+    provides = DATASETS[name].provides if name in DATASETS else set(TARGETS)
+    asked = [task for task in instructions if TRUTHS[task] in provides]
+    if not asked:
+        raise UserError(
+            f"Dataset {name} has the truth of none of {', '.join(instructions)}; leave it out of "
+            "this mixture."
+        )
+    return asked
 
 
 def _needs(fields: Sequence[str]) -> set[str]:

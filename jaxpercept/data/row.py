@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpercept.data.palettes import PALETTES, Colour
 
-TARGETS = ("depth", "normals", "alpha", "classes", "keypoints", "referred")
+TARGETS = ("depth", "normals", "alpha", "classes", "keypoints", "referred", "instances")
 """What a record may be opened for."""
 
 

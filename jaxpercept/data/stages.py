@@ -14,6 +14,7 @@ from absl import flags
 from jaxtyping import Integer
 
 from jaxpercept.data.datasets import TARGETS, Record, Records
+from jaxpercept.data.instructions import instruct
 from jaxpercept.data.readers import EmptyMaskError, UnreadableFileError
 from jaxpercept.data.transforms import Augment, prepare
 from jaxpercept.errors import UserError
@@ -30,8 +31,12 @@ _BUFFER = 2
 # augmented for nothing.
 _ALWAYS = frozenset({"name", "rgb", "valid", "unmasked_depth", "box", "flip_pairs"})
 _HAZE = frozenset({"depth"})
-# Of what one phrase is drawn.
-_PHRASES = frozenset({"phrases", "instance", "kinds", "caption"})
+# What further belongs to a target.
+_WITH = {
+    "referred": frozenset({"phrases", "instance", "kinds", "caption"}),
+    "instances": frozenset({"instance", "kinds"}),
+    "classes": frozenset({"labels"}),
+}
 
 # "Endless". Grain computes lengths in float64, which is exact up to 2**53 only.
 _STREAM_LENGTH = 2**48
@@ -71,7 +76,8 @@ class LoadExample:
     augment: Augment
     resolution: tuple[int, int]
     seed: int
-    needs: frozenset[str]  # targets, and "caption"
+    needs: tuple[frozenset[str], ...]  # of each dataset: targets, and "caption"
+    asked: tuple[str, ...]  # of each dataset: the task of its instructions; "" where it has none
 
     def __call__(self, element: tuple[int, int, int]) -> Record:
         position, dataset, index = element
@@ -80,7 +86,7 @@ class LoadExample:
         for attempt in range(min(_MAX_SKIPS, len(records))):
             candidate = (index + attempt) % len(records)
             try:
-                example = self._example(records[candidate], position)
+                example = self._example(records[candidate], position, dataset)
             except (UnreadableFileError, EmptyMaskError) as error:
                 skipped.append((_name(records, candidate), str(error)))
                 continue
@@ -92,24 +98,24 @@ class LoadExample:
             f"used, the last because: {skipped[-1][1]}"
         )
 
-    def _example(self, record: Record, position: int) -> Record:
+    def _example(self, record: Record, position: int, dataset: int) -> Record:
         # Keyed by the position in the global stream, not by the one in this process's share (which
         # Grain's random_map would use), so that the number of processes does not matter.
         rng = np.random.default_rng([self.seed, position])
-        kept = _ALWAYS | self.needs | (_HAZE if self.augment.haze else frozenset())
-        if "referred" in self.needs:
-            kept |= _PHRASES
+        needs, asked = self.needs[dataset], self.asked[dataset]
+        kept = _ALWAYS | needs | (_HAZE if self.augment.haze else frozenset())
+        kept = kept.union(*(_WITH.get(need, ()) for need in needs))
         record = {key: value for key, value in record.items() if key in kept}
         example = prepare(record, rng, self.augment, self.resolution)
-        if self.needs & set(TARGETS) and not example["valid"].any():
+        if needs & set(TARGETS) and not example["valid"].any():
             raise EmptyMaskError(f"No valid pixel of {record['name']} is left after cropping.")
-        if "keypoints" in self.needs and not example["keypoints"][:, 2].any():
+        if "keypoints" in needs and not example["keypoints"][:, 2].any():
             raise EmptyMaskError(f"No keypoint of {record['name']} is left after cropping.")
-        if "referred" in self.needs and not example["referred"].any():
+        if "referred" in needs and not example["referred"].any():
             raise EmptyMaskError(
                 f"{example['caption']!r} in {record['name']} is too small for {self.resolution}."
             )
-        return example
+        return instruct(example, asked, rng) if asked else example
 
 
 @dataclasses.dataclass(frozen=True)

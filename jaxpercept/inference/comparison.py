@@ -48,8 +48,9 @@ class Comparison:
             truth = draw_skeleton(self.truth, self.rgb, **names)
             prediction = self._drawn(self.prediction, image=self.rgb)
         else:
-            truth = np.where(self.valid, self._drawn(self.truth), np.uint8(_UNKNOWN))
-            prediction = self._drawn(self.prediction)
+            drawn = self._drawn(self.truth, image=self.rgb)
+            truth = np.where(self.valid, drawn, np.uint8(_UNKNOWN))
+            prediction = self._drawn(self.prediction, image=self.rgb)
         return {"input": self.rgb, "truth": truth, "prediction": prediction}
 
     def _depths(self) -> tuple[np.ndarray, np.ndarray]:

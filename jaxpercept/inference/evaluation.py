@@ -18,6 +18,7 @@ from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.load import latest_step
 from jaxpercept.checkpoints.tokenizer import Tokenize
 from jaxpercept.inference.evaluator import EvalResult, Evaluator
+from jaxpercept.inference.measures import measured_parts
 from jaxpercept.inference.opening import open_perception, open_tokenizer, perception_of
 from jaxpercept.inference.options import Options, check_options
 from jaxpercept.inference.predictor import Params, Predictor
@@ -52,6 +53,22 @@ class Model:
     facts: dict[str, Any]
     identity: dict[str, Any]
     tokenize: Tokenize | None = None
+
+    def parts(self, dataset: str) -> dict[str, Model]:
+        """The models by task that can be evaluated on a dataset, see `measures.measured_parts`."""
+        parts = measured_parts(self.perception, dataset)
+        if [*parts] == [""]:
+            return {"": self}
+        return {
+            name: dataclasses.replace(
+                self,
+                perception=part,
+                predictor=Predictor(part, self.mesh, pad_multiple=self.predictor.multiple),
+                facts={**self.facts, "kind": part.task.kind},
+                identity={**self.identity, "task": name},
+            )
+            for name, part in parts.items()
+        }
 
     @property
     def resolution(self) -> tuple[int, int]:

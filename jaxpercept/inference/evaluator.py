@@ -369,22 +369,23 @@ def _texts_of(
     Raises:
         UserError: the task reads no text to be corrected, or there is no tokenizer.
     """
+    if corrections and not task.needs_prompt:
+        raise UserError(
+            f"the task {task.name!r} looks for nothing that a text names: leave --corrections out."
+        )
     if not task.reads_text:
-        if corrections:
-            raise UserError(
-                f"the task {task.name!r} looks for nothing that a text names: leave --corrections "
-                "out."
-            )
         return {}
     if tokenize is None:
         raise UserError("this model looks for what a text names: give its tokenizer.")
 
+    def read(texts: list[str]) -> np.ndarray:
+        return tokenize([task.instruction.format(" and ".join(texts))])[0]
+
     def unwanted(record: Record) -> np.ndarray:
         # Away from the thing itself is nowhere: what has no distractor is not corrected.
-        texts = record["distractors"][:corrections] or [record["caption"]]
-        return tokenize([" and ".join(texts)])[0]
+        return read(record["distractors"][:corrections] or [record["caption"]])
 
-    readers = {"input_ids": lambda record: tokenize([record["caption"]])[0]}
+    readers = {"input_ids": lambda record: read([record["caption"]] if task.needs_prompt else [])}
     return readers | ({"unwanted_ids": unwanted} if corrections else {})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw
 
 from jaxpercept.data.joints import KEYPOINTS
 from jaxpercept.data.palettes import PALETTES
@@ -24,6 +25,7 @@ from jaxpercept.inference.panel import (
     to_uint8,
 )
 from jaxpercept.inference.skeleton import draw_skeleton
+from jaxpercept.metrics.detection import boxes_of
 from jaxpercept.metrics.keypoints import locate_keypoints
 
 AXES = {
@@ -50,7 +52,7 @@ class Options:
             the 2 % and 98 % quantiles of each image. A video wants them fixed.
         palette: of classes, a key of `data.palettes.PALETTES`.
         keypoint_names: of the joints, in the order of the prediction's channels.
-        image: what joints are drawn over; None for black.
+        image: what joints and boxes are drawn over; None for black.
     """
 
     normals_convention: str = "opengl"
@@ -225,6 +227,22 @@ def _joint_facts(heat: np.ndarray, options: Options) -> dict[str, Any]:
     return {"keypoints": [{"name": n, "x": x, "y": y, "score": s} for n, (x, y, s) in joints]}
 
 
+def _draw_boxes(score: np.ndarray, options: Options) -> dict[str, np.ndarray]:
+    """Frames over the image; without one over where boxes are."""
+    picture = Image.fromarray(grey(score) if options.image is None else options.image)
+    scale = picture.width / score.shape[1], picture.height / score.shape[0]
+    draw = ImageDraw.Draw(picture)
+    for box in boxes_of(score)[:, :4] * np.float32([*scale, *scale]):
+        corners = box.tolist()
+        draw.rectangle((*corners[:2], corners[2] - 1, corners[3] - 1), None, (0, 80, 255), 2)
+    return {"boxes": np.asarray(picture)}
+
+
+def _box_facts(score: np.ndarray, options: Options) -> dict[str, Any]:
+    names = ("left", "top", "right", "bottom", "score")
+    return {"boxes": [dict(zip(names, box, strict=True)) for box in boxes_of(score).tolist()]}
+
+
 _SIXTEEN_BITS = Integers("_16bit.png", np.uint16, 65535)
 _MILLIMETRES = Integers("_16bit.png", np.uint16, 1000)
 _EIGHT_BITS = Integers("_mask.png", np.uint8, 255)
@@ -294,6 +312,15 @@ KINDS = {
         joint=True,
         stored=lambda heat, _: joints_of(heat),
         facts=_joint_facts,
+    ),
+    "boxes": Kind(
+        range=(0.0, 1.0),
+        convention="where boxes are; stored as left, top, right and bottom of each box, in pixels "
+        "from the picture's corner, and its score in [0, 1]",
+        channels=1,
+        draw=_draw_boxes,
+        stored=lambda score, _: boxes_of(score),
+        facts=_box_facts,
     ),
     "colors": Kind(
         range=(0.0, 1.0),

@@ -6,6 +6,7 @@ docs/evaluation.md has the definitions and where they come from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,12 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from jaxpercept.data.datasets import Dataset, Record
+from jaxpercept.data.datasets import DATASETS, TARGETS, Dataset, Record
+from jaxpercept.data.instructions import choose_class, choose_kind, draw_boxes
 from jaxpercept.data.palettes import PALETTES
+from jaxpercept.data.sources import place_of
 from jaxpercept.errors import UserError
 from jaxpercept.inference.comparison import Comparison
 from jaxpercept.inference.outputs import legend
+from jaxpercept.inference.predictor import PerceptionModel
 from jaxpercept.metrics.depth import DepthProtocol
+from jaxpercept.metrics.detection import DetectionProtocol
 from jaxpercept.metrics.dichotomous import DichotomousProtocol
 from jaxpercept.metrics.keypoints import KeypointsProtocol
 from jaxpercept.metrics.matting import MattingProtocol
@@ -80,8 +85,9 @@ class Measure:
         record: Record,
     ) -> Comparison:
         """One image's picture."""
-        truth = record[self.target]
-        if self.compared is not None:
+        if self.compared is None:
+            truth = record[self.target]
+        else:
             truth, prediction = self.compared(next(iter(protocols.values())), prediction, record)
         valid = record.get("valid", np.ones((*record["rgb"].shape[:2], 1), bool))
         return Comparison(task.kind, record["rgb"], truth, valid, prediction, legend(task))
@@ -109,6 +115,28 @@ def measure_of(task: Task) -> Measure:
             f"{', '.join(task.fields)}."
         )
     return measure
+
+
+def measured_parts(perception: PerceptionModel, dataset: str) -> dict[str, PerceptionModel]:
+    """What can be evaluated on a dataset: a generalist's parts by name, or {"": the model}.
+
+    Raises:
+        UserError: a generalist, and a dataset that has the truth of none of its tasks.
+    """
+    if not perception.task.parts:
+        return {"": perception}
+    row = DATASETS.get(dataset)
+    provides = row.provides if row is not None else frozenset(TARGETS)
+    parts = {
+        name: dataclasses.replace(perception, task=task)
+        for name, task in perception.task.parts.items()
+        if measure_of(task).target in provides
+    }
+    if not parts:
+        raise UserError(
+            f"the dataset {dataset!r} has the truth of none of {', '.join(perception.task.parts)}."
+        )
+    return parts
 
 
 def check_dataset(measure: Measure, task: Task, name: str, row: Dataset | None) -> None:
@@ -238,6 +266,11 @@ def _mattes(task: Task, row: Dataset, record: Record) -> dict[str, MattingProtoc
     return {title: MattingProtocol(variant) for title, variant in variants.items()}
 
 
+def _asked(choose: Callable[[Record, float], Record], record: Record) -> Record:
+    """Made to be about one of the things in it, always the same."""
+    return choose(record, place_of(record["name"]))
+
+
 def _referring(task: Task, row: Dataset, record: Record) -> dict[str, MetricProtocol]:
     """At the truth's size; what is painted also as ADDP measures it."""
     return {"": ReferringProtocol()} | ({"addp": ReleasedProtocol()} if task.paint else {})
@@ -325,6 +358,19 @@ MEASURES: dict[str, Measure] = {
         },
         facts=lambda protocol, row: {"definition": "above 0.5; addp_...: 512 x 512, by colour"},
     ),
+    "boxes": Measure(
+        target="instances",
+        protocols=lambda task, row, record: {"": DetectionProtocol()},
+        baseline="box in the middle",
+        average="over all boxes of the dataset; iou: of those that are right",
+        columns={"F1": "f1", "precision": "precision", "recall": "recall", "IoU": "iou"},
+        prepare=functools.partial(_asked, choose_kind),
+        compared=lambda protocol, prediction, record: (
+            (draw_boxes(record["boxes"], record["rgb"].shape[:2]) > 0).astype(np.float32),
+            prediction,
+        ),
+        facts=lambda protocol, row: {"definition": "right: IoU of 0.5 or more"},
+    ),
     "alpha": Measure(
         target="alpha",
         protocols=_mattes,
@@ -356,4 +402,11 @@ MEASURES: dict[str, Measure] = {
         facts=lambda protocol, row: {"size": protocol.size, "refinement": protocol.refinement},
     ),
 }
+MEASURES["generalist:referring"] = MEASURES["referring"]
+MEASURES["generalist:segment"] = dataclasses.replace(
+    MEASURES["referring"],
+    target="classes",
+    prepare=functools.partial(_asked, choose_class),
+    compared=lambda protocol, prediction, record: (record["referred"], prediction),
+)
 """By the kind of the task, or by its name where other tasks of its kind have another truth."""

@@ -18,7 +18,7 @@ from jaxpercept.config import dataset_options
 from jaxpercept.data.datasets import DATASETS, open_dataset
 from jaxpercept.data.transforms import FOG, Augment, prepare
 from jaxpercept.inference.evaluator import Evaluator
-from jaxpercept.inference.measures import is_detail
+from jaxpercept.inference.measures import is_detail, measured_parts
 from jaxpercept.inference.report import drawn, table, write_report
 from jaxpercept.methods import Autoencoder, TextToImage
 from jaxpercept.training.loop import Observer
@@ -53,28 +53,35 @@ def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
     """Evaluate as `config.evaluation` says; the last report lies in `workdir/evaluation/DATASET`.
 
     It holds arguments of `Evaluator`. Metrics of single classes and joints are in the report only.
-    The panel of input, truth and prediction also goes to the run's pictures.
+    The panel of input, truth and prediction also goes to the run's pictures. A generalist is
+    evaluated task by task, each with a report in a folder of its name.
     """
     options = evaluation_options(setup.description.config)
     dataset = options["dataset"]
-    evaluator = Evaluator(
-        setup.method.perception,
-        mesh=mesh,
-        resolution=setup.description.resolution,
-        tokenize=setup.tokenize,
-        **options,
-    )
+    evaluators = {
+        "/".join(filter(None, (dataset, name))): Evaluator(
+            part,
+            mesh=mesh,
+            resolution=setup.description.resolution,
+            tokenize=setup.tokenize,
+            **options,
+        )
+        for name, part in measured_parts(setup.method.perception, dataset).items()
+    }
 
     def observe(step: int, weights: Params, writer: MetricWriter) -> dict[str, float]:
-        result = evaluator.run(weights)
-        logging.info("after step %d, %s", step, table(result))
-        if jax.process_index() == 0:
-            facts = {"checkpoint": str(workdir), "step": step, "evaluation": options}
-            write_report(workdir / "evaluation" / dataset, result, facts)
-        if result.pictures:
-            writer.picture(step, dataset, drawn(result))
-        scores = result.means | {f"constant_{name}": x for name, x in result.baseline.items()}
-        return {f"{dataset}/{name}": x for name, x in scores.items() if not is_detail(name)}
+        found = {}
+        for title, evaluator in evaluators.items():
+            result = evaluator.run(weights)
+            logging.info("%s after step %d, %s", title, step, table(result))
+            if jax.process_index() == 0:
+                facts = {"checkpoint": str(workdir), "step": step, "evaluation": options}
+                write_report(workdir / "evaluation" / title, result, facts)
+            if result.pictures:
+                writer.picture(step, title.replace("/", "_"), drawn(result))
+            scores = result.means | {f"constant_{name}": x for name, x in result.baseline.items()}
+            found |= {f"{title}/{name}": x for name, x in scores.items() if not is_detail(name)}
+        return found
 
     return observe
 

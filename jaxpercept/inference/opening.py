@@ -25,7 +25,7 @@ from jaxpercept.methods import PERCEPTION, Perception, build_perception
 from jaxpercept.methods.families import recognise
 from jaxpercept.methods.recipe import Recipe
 from jaxpercept.models.config import AutoencoderConfig
-from jaxpercept.tasks import reads_text
+from jaxpercept.tasks import get_task, reads_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 _NETWORKS = ("unet", "vae", "text_encoder")
@@ -58,12 +58,14 @@ def open_perception(
     with readable(source):
         folder = Path(resolve(source))
         if (folder / FILE_NAME).is_file():
-            named = {"task": task, "family": family, "base": base}
+            named = {"family": family, "base": base}
             if given := [name for name, value in named.items() if value is not None]:
-                raise UserError(
-                    f"{source} says itself what it is and has all it needs: leave --{given[0]} out."
-                )
+                raise _says_itself(source, given[0])
+            if task is not None:
+                description_of_part(load.describe(source), task, source)
             description, params = open_own(source, prompt=prompt, must_predict=True)
+            if task is not None:
+                description = description_of_part(description, task, source)
         else:
             checkpoint = assemble(source, base)
             description, params = describe(
@@ -100,6 +102,28 @@ def open_own(
         raise no_text(source)
     padded = padded_prompt(description)
     return load.load_model(source, dtype=dtype, prompt=prompt, padded=padded, merge_lora=merge_lora)
+
+
+def description_of_part(description: Description, task: str, source: str) -> Description:
+    """What a generalist is when it is asked for one of its tasks.
+
+    Raises:
+        UserError: it was not trained for it, or it is no generalist.
+    """
+    parts = {}
+    if description.task:
+        parts = get_task(description.task, **description.task_options).parts
+    if not parts:
+        raise _says_itself(source, "task")
+    if task not in parts:
+        raise UserError(
+            f"{source} was not trained for {task!r}: give --task one of {', '.join(parts)}."
+        )
+    return dataclasses.replace(description, task=parts[task].name, task_options={})
+
+
+def _says_itself(source: str, flag: str) -> UserError:
+    return UserError(f"{source} says itself what it is and has all it needs: leave --{flag} out.")
 
 
 def open_tokenizer(

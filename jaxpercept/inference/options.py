@@ -60,7 +60,7 @@ def check_options(perception: Perception, options: Options) -> None:
             "whose predictions are all equal: leave it out."
         )
     reads_text = perception.task.reads_text
-    if options.flip and reads_text:
+    if options.flip and perception.task.needs_prompt:
         raise UserError(
             "this model reads a text for each image, and in a mirrored one left is right: leave "
             "flip out."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import math
 import os
@@ -24,6 +26,7 @@ from jaxpercept.inference.answer import PerceptionOutput, check_finite, targets_
 from jaxpercept.inference.batches import local_mesh, plan_batches, put_rows
 from jaxpercept.inference.images import to_batch
 from jaxpercept.inference.opening import (
+    description_of_part,
     no_text,
     open_perception,
     open_tokenizer,
@@ -155,6 +158,20 @@ class PerceptionPipeline:
         pipeline._encode = functools.cache(
             lambda text: open_perception(source, prompt=text, **named)[1]["prompt"]
         )
+        return pipeline
+
+    def part(self, task: str) -> PerceptionPipeline:
+        """The same model asked for one of a generalist's tasks; it shares the weights.
+
+        Raises:
+            UserError: the model was not trained for it.
+        """
+        pipeline = copy.copy(self)
+        pipeline.description = description_of_part(self.description, task, self.checkpoint)
+        part = self.perception.task.parts[task]
+        pipeline.perception = dataclasses.replace(self.perception, task=part)
+        multiple = self._predictor.multiple
+        pipeline._predictor = Predictor(pipeline.perception, self.mesh, pad_multiple=multiple)
         return pipeline
 
     def __call__(
@@ -375,7 +392,7 @@ class PerceptionPipeline:
             if self._encode is None:
                 raise no_text(self.checkpoint)
             return {**self.params, "prompt": self._encode(prompt)}, {}
-        task = self.perception.task.name
+        task = self.perception.task
         return self.params, token_ids(task, self._tokenize, prompt, unwanted, count)
 
     def _noise(

@@ -9,18 +9,19 @@ from jaxtyping import Int32
 
 from jaxpercept.checkpoints.tokenizer import Tokenize
 from jaxpercept.errors import UserError
+from jaxpercept.tasks import Task
 
 Texts = str | Sequence[str]
 """One for all images, or one for each."""
 
 
 def token_ids(
-    task: str, tokenize: Tokenize | None, prompt: Texts, unwanted: Texts, count: int
+    task: Task, tokenize: Tokenize | None, prompt: Texts, unwanted: Texts, count: int
 ) -> dict[str, Int32[np.ndarray, "n l"]]:
     """`input_ids`, and `unwanted_ids` where there is anything unwanted, of `count` images.
 
     Args:
-        task: names the model's task in error messages.
+        task: the model's, which may put texts in its own words.
         tokenize: the model's; None where it was opened without.
         prompt: what to look for.
         unwanted: what it is not; "" for nothing.
@@ -30,10 +31,10 @@ def token_ids(
         UserError: nothing to look for, a number of texts that is not that of the images, or no
             tokenizer.
     """
-    if not prompt:
+    if task.needs_prompt and not prompt:
         raise UserError(
-            f"this model looks for what a text names ({task}): give a prompt, such as 'the chair "
-            "on the left'."
+            f"this model looks for what a text names ({task.name}): give a prompt, such as 'the "
+            "chair on the left'."
         )
     if tokenize is None:
         raise UserError("texts need a tokenizer: open the model with from_pretrained.")
@@ -43,5 +44,5 @@ def token_ids(
         texts = [texts] * count if isinstance(texts, str) else list(texts)
         if len(texts) != count:
             raise UserError(f"{len(texts)} texts were given for {count} images: give as many.")
-        ids[name] = np.asarray(tokenize(texts))
+        ids[name] = np.asarray(tokenize([task.instruction.format(text) for text in texts]))
     return ids

@@ -13,7 +13,7 @@ from jaxpercept.losses.alignment import Line, fit_line, scale_and_shift
 from jaxpercept.losses.depth import gradient, ssi, ssi_median
 from jaxpercept.losses.heat_maps import location
 from jaxpercept.losses.hierarchical import hdn_random, hdsn_random
-from jaxpercept.losses.masked import l1, mse, pool_mask
+from jaxpercept.losses.masked import cells, l1, mse, pool_mask
 from jaxpercept.losses.masks import bce, cross_entropy, soft_iou
 from jaxpercept.losses.normals import angular, angular_kappa
 from jaxpercept.losses.virtual_normals import vnl
@@ -23,6 +23,7 @@ __all__ = [
     "angular",
     "angular_kappa",
     "bce",
+    "cells",
     "cross_entropy",
     "fit_line",
     "gradient",

@@ -1,22 +1,24 @@
 """Masked sums and means, and the losses that compare element by element."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 
 def mse(
     pred: Float[Array, "b h w c"],
     target: Float[Array, "b h w c"],
     mask: Bool[Array, "b h w #c"],
-    weights: Float[Array, "b"] | None = None,
+    weights: Float[Array, "b"] | Float[Array, "b h w 1"] | None = None,
 ) -> Float[Array, ""]:
     """Mean squared error over the masked elements.
 
-    weights: factors of the examples' squared errors, 1 if None. The mean is still over the number
-    of masked elements, not over the weights, so that it is linear in these.
+    weights: factors of the examples' or cells' squared errors, 1 if None. The mean is still over
+    the number of masked elements, not over the weights, so that it is linear in these.
     """
     squared = difference(pred, target, mask) ** 2
-    return masked_mean(squared if weights is None else per_image(weights) * squared, mask)
+    if weights is not None:
+        squared *= per_image(weights) if weights.ndim == 1 else weights
+    return masked_mean(squared, mask)
 
 
 def l1(
@@ -32,10 +34,16 @@ def pool_mask(valid: Bool[Array, "b H W 1"], factor: int) -> Bool[Array, "b h w 
     h = H // factor and w = W // factor, as the VAE encoder rounds; the pixels left over at the
     bottom and right belong to no cell.
     """
-    b, height, width, _ = valid.shape
+    return cells(valid, factor).all(axis=(2, 4))[..., None]
+
+
+def cells(
+    pixels: Shaped[Array, "b H W 1"], factor: int
+) -> Shaped[Array, "b h {factor} w {factor}"]:
+    """The pixels of each latent cell, see `pool_mask`."""
+    b, height, width, _ = pixels.shape
     h, w = height // factor, width // factor
-    blocks = valid[:, : h * factor, : w * factor].reshape(b, h, factor, w, factor)
-    return blocks.all(axis=(2, 4))[..., None]
+    return pixels[:, : h * factor, : w * factor].reshape(b, h, factor, w, factor)
 
 
 def masked(x: Array, mask: Array) -> Array:

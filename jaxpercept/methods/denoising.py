@@ -199,6 +199,9 @@ class Denoising:
         image, text = self._conditions(params, batch, image, key)
         output = perception.network(params, image, text, Guidance().mixture())(x, timesteps)
         mask = losses.pool_mask(target.mask, self.model.downscale)
+        cells = self.task.cell_weights(batch, self.model.downscale)
+        if cells is not None:
+            weights = weights[:, None, None, None] * cells
         loss = losses.mse(output, wanted, mask, weights)
         return loss, {"latent_mse": losses.mse(output, wanted, mask)}
 

@@ -122,7 +122,8 @@ class OneStep:
             # x0 = -output, so this is GenPercept's MSE between the output and the v target.
             target_latent = perception.encode(params, target.image)
             latent_mask = losses.pool_mask(target.mask, self.model.downscale)
-            terms["latent_mse"] = losses.mse(latent, target_latent, latent_mask)
+            weights = self.task.cell_weights(batch, self.model.downscale)
+            terms["latent_mse"] = losses.mse(latent, target_latent, latent_mask, weights)
             total += self.latent_weight * terms["latent_mse"]
         if self.pixel_weights:
             if self.decoder == "vae":

@@ -6,6 +6,7 @@ from typing import Any
 from jaxpercept.errors import UserError
 from jaxpercept.tasks.base import Target, Task
 from jaxpercept.tasks.depth import DepthTask, DisparityTask
+from jaxpercept.tasks.generalist import GENERALIST
 from jaxpercept.tasks.intrinsics import IntrinsicsTask
 from jaxpercept.tasks.masks import DichotomousTask, MattingTask
 from jaxpercept.tasks.normals import NormalsTask
@@ -28,6 +29,7 @@ TASKS: dict[str, type[Task]] = {
         PoseTask,
         ColoursTask,
         IntrinsicsTask,
+        *GENERALIST,
     )
 }
 

@@ -48,7 +48,8 @@ class Task:
       default_weights: of those that the paper trains with.
       reads_text: whether each image comes with a text that says what to predict.
       corruptible: whether there is `corrupt`.
-      reads_text: whether each image has a prompt of its own, without which nothing can be told.
+      instruction: what the text says of an image, with the prompt or the caption at {}; without {}
+        there is none, and the text is always the same.
     """
 
     name: ClassVar[str]
@@ -59,8 +60,18 @@ class Task:
     loss_names: ClassVar[tuple[str, ...]] = ()
     default_weights: ClassVar[Mapping[str, float]] = {}
     reads_text: ClassVar[bool] = False
+    instruction: ClassVar[str] = "{}"
     corruptible: ClassVar[bool] = False
-    reads_text: ClassVar[bool] = False
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether there is nothing to predict before something is named."""
+        return self.reads_text and "{}" in self.instruction
+
+    @property
+    def parts(self) -> Mapping[str, "Task"]:
+        """The tasks by name that its model can be asked for, one at a time; none of most."""
+        return {}
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -72,6 +83,17 @@ class Task:
     def encode_target(self, batch: Mapping[str, Array]) -> Target:
         """The target of a batch that holds `fields`."""
         raise NotImplementedError(f"{self.name} cannot be trained")
+
+    def cell_weights(
+        self, batch: Mapping[str, Array], factor: int
+    ) -> Float[Array, "b i j 1"] | None:
+        """Factors of the squared errors of a batch's latents; None: all weigh the same.
+
+        Args:
+          batch: as for `encode_target`.
+          factor: pixels along a latent's cell.
+        """
+        return None
 
     def corrupt(
         self, batch: Mapping[str, Array], strength: Float[Array, " b"], keys: Key[Array, " b"]
@@ -236,6 +258,14 @@ class AffineTask(Task):
             "scale_invariant": self.scale_invariant,
             "shift_invariant": self.shift_invariant,
         }
+
+
+def image_terms(decoded: Float[Array, "b h w 3"], target: Target) -> Terms:
+    """The losses between images."""
+    return {
+        "mse": lambda: losses.mse(decoded, target.image, target.mask),
+        "l1": lambda: losses.l1(decoded, target.image, target.mask),
+    }
 
 
 def to_signed(rgb: Array) -> Float[Array, "b h w 3"]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 from jaxpercept import losses
 from jaxpercept.diffusion.corruption import corrupt_colour, corrupt_mask
 from jaxpercept.errors import UserError
-from jaxpercept.tasks.base import Target, Terms, to_signed
+from jaxpercept.tasks.base import Target, Terms, image_terms, to_signed
 from jaxpercept.tasks.masks import ForegroundTask
 
 RED = np.array([1, 0, 0], np.float32)
@@ -33,9 +33,12 @@ class ReferringTask(ForegroundTask):
     Attributes:
       paint: the target is the image with the object in solid red. False: a mask, white on black,
         as of the other foreground tasks.
+      emphasis: a latent's cell weighs 1 + emphasis in its loss where the object fills it: what is
+        referred to is small, and the rest of the picture is soon learned. ADDP has none.
     """
 
     paint: bool = True
+    emphasis: float = 0.0
 
     name: ClassVar[str] = "referring"
     kind: ClassVar[str] = "mask"
@@ -56,7 +59,16 @@ class ReferringTask(ForegroundTask):
         if not self.paint:
             return super().encode_target(batch)
         red = jnp.asarray(RED)[None]
-        return Target(_painted(batch["rgb"], self.foreground(batch), red), batch["valid"])
+        return Target(painted(batch["rgb"], self.foreground(batch), red), batch["valid"])
+
+    def cell_weights(
+        self, batch: Mapping[str, Array], factor: int
+    ) -> Float[Array, "b i j 1"] | None:
+        """By the share of each cell that the object fills."""
+        if not self.emphasis:
+            return None
+        share = losses.cells(self.foreground(batch), factor).mean(axis=(2, 4))[..., None]
+        return 1 + self.emphasis * share
 
     def corrupt(
         self, batch: Mapping[str, Array], strength: Float[Array, " b"], keys: Key[Array, " b"]
@@ -66,7 +78,7 @@ class ReferringTask(ForegroundTask):
             return super().corrupt(batch, strength, keys)
         keys = jax.vmap(jax.random.split)(keys)
         mask = corrupt_mask(self.foreground(batch), strength, keys[:, 0])
-        return _painted(batch["rgb"], mask, corrupt_colour(RED, strength, keys[:, 1]))
+        return painted(batch["rgb"], mask, corrupt_colour(RED, strength, keys[:, 1]))
 
     def loss_terms(
         self,
@@ -77,10 +89,7 @@ class ReferringTask(ForegroundTask):
         """Between colours, or as of the other foreground tasks."""
         if not self.paint:
             return super().loss_terms(decoded, target, keys)
-        return {
-            "mse": lambda: losses.mse(decoded, target.image, target.mask),
-            "l1": lambda: losses.l1(decoded, target.image, target.mask),
-        }
+        return image_terms(decoded, target)
 
     def check_weights(self, weights: Mapping[str, float]) -> None:
         """Also refuses losses of masks where colours are predicted."""
@@ -92,23 +101,25 @@ class ReferringTask(ForegroundTask):
             )
 
     def finish(self, prediction: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-        """A painted image's score, see `redness`; a mask as it is."""
-        return redness(prediction) if self.paint else prediction
+        """A painted image's score, see `closeness`; a mask as it is."""
+        return closeness(prediction, RED) if self.paint else prediction
 
 
-def redness(colours: Float[Array, "b h w 3"]) -> Float[Array, "b h w 1"]:
-    """clip(1 − d / 100, 0, 1), d the distance to red in 8-bit colours.
+def closeness(
+    colours: Float[Array, "b h w 3"], colour: Float[np.ndarray, "3"]
+) -> Float[Array, "b h w 1"]:
+    """clip(1 − d / 100, 0, 1), d the distance to a colour in 8-bit colours.
 
     Above 0.5 is ADDP's rule, d < 50; the rest of the range says how clear the case is.
 
     Args:
-      colours: in [0, 1].
+      colours, colour: in [0, 1].
     """
-    distance = jnp.linalg.norm(colours - jnp.asarray(RED)[None, None, None], axis=-1, keepdims=True)
-    return jnp.clip(1 - distance / (2 * NEAR), 0, 1)
+    away = colours - jnp.asarray(colour)[None, None, None]
+    return jnp.clip(1 - jnp.linalg.norm(away, axis=-1, keepdims=True) / (2 * NEAR), 0, 1)
 
 
-def _painted(
+def painted(
     rgb: Array, mask: Float[Array, "b h w 1"], colour: Float[Array, "#b 3"]
 ) -> Float[Array, "b h w 3"]:
     """The image in [-1, 1] with a colour of [0, 1] where the mask is."""

@@ -101,6 +101,7 @@ def train(
 
 
 def _dataset(config: Any, setup: Setup) -> TrainDataset:
+    task = getattr(setup.method, "task", None)
     return make_train_dataset(
         [
             (name, weight, dataset_options(config, name))
@@ -113,6 +114,7 @@ def _dataset(config: Any, setup: Setup) -> TrainDataset:
         augment=config.data.augment.to_dict(),
         fields=setup.method.fields,
         tokenize=setup.tokenize,
+        instructions=tuple(task.parts) if task else (),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_workers=config.data.num_workers,

@@ -37,7 +37,7 @@ class Model:
     @property
     def reads_text(self) -> bool:
         """Whether it looks for what a phrase names."""
-        return self.pipe.perception.task.reads_text
+        return self.pipe.perception.task.needs_prompt
 
     @property
     def takes_steps(self) -> bool:
@@ -66,7 +66,7 @@ class Model:
             UserError: an option does not fit.
         """
         guidance = None
-        if self.reads_text:
+        if self.pipe.perception.task.reads_text:
             guidance = self.pipe.perception.guidance(correction=correction)
         return Session(
             self.pipe,
@@ -121,10 +121,12 @@ def open_models(
         recipe = pipe.perception.recipe
         steps = recipe.num_steps if recipe.timesteps is not None else num_steps or recipe.num_steps
         check_options(pipe.perception, Options(num_steps=steps))
-        task = pipe.perception.task.name
-        label = task if len(checkpoints) == 1 else f"{task} ({checkpoint})"
         pipe.network_size((64, 64), resolution)  # raises where it does not fit
-        models.append(Model(label, pipe, steps, resolution))
+        # A generalist is as many models as it has tasks.
+        parts = {name: pipe.part(name) for name in pipe.perception.task.parts}
+        for task, part in (parts or {pipe.perception.task.name: pipe}).items():
+            label = task if len(checkpoints) == 1 else f"{task} ({checkpoint})"
+            models.append(Model(label, part, steps, resolution))
     return models
 
 

@@ -13,11 +13,11 @@ WORDS = ("red", "green", "blue", "yellow", "white", "black")
 
 
 class AlikeRoom(PlainRoom):
-    """A room with four to eight boxes, balls, cylinders and cones of few kinds and colours."""
+    """A room with three to five boxes, balls, cylinders and cones of few kinds and colours."""
 
     def _size(self) -> tuple[Number, Number, Number]:
         draws = self.draws
-        return draws.between(3.5, 6.0), draws.between(2.3, 3.0), draws.between(4.5, 8.0)
+        return draws.between(3.2, 5.0), draws.between(2.3, 3.0), draws.between(4.0, 6.0)
 
     def furnish(self) -> None:
         draws = self.draws
@@ -25,11 +25,11 @@ class AlikeRoom(PlainRoom):
         # On a wall or a floor of its own colour a thing would hardly be seen.
         words = [word for word in WORDS if word not in (self.wall.word, self.ground.word)]
         self.words = self._some(words, draws.whole(2, 3))
-        wanted = draws.whole(4, 8)
+        wanted = draws.whole(3, 5)
         for _ in range(5 * wanted):
             if len(self.b.things) >= wanted:
                 break
-            self._stand(self.spot_in_view(1.5, 5.0))
+            self._stand(self.spot_in_view(1.6, 3.0))
         self.lights = self.ceiling_lights()
 
     def _some(self, options: list[str], count: int) -> list[str]:
@@ -46,7 +46,7 @@ class AlikeRoom(PlainRoom):
     def _stand(self, spot: Place) -> None:
         """One thing on the floor, where there is room for it, and perhaps a small one on it."""
         draws, kind = self.draws, self._one_of(self.kinds)
-        width = draws.between(0.26, 0.36) if draws.chance(0.5) else draws.between(0.55, 0.8)
+        width = draws.between(0.4, 0.5) if draws.chance(0.4) else draws.between(0.7, 0.95)
         shape = draws.weighted({"even": 5, "tall": 2, "flat": 1.5})
         height = width
         if kind != "ball" and shape == "tall":
@@ -59,7 +59,7 @@ class AlikeRoom(PlainRoom):
         self.taken.append(area)
         self._build(kind, spot, width, height)
         if kind == "box" and shape != "tall" and width > 0.5 and draws.chance(0.7):
-            below, size = len(self.b.things), draws.between(0.24, 0.34)
+            below, size = len(self.b.things), draws.between(0.32, 0.42)
             top = spot.at(0, height, 0)
             self._build(draws.pick(self.kinds), top, size, size, on="box", below=below)
 

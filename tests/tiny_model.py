@@ -139,7 +139,7 @@ def save_referring(folder: Path, rng: np.random.Generator, **changes: Any) -> Pa
         max_position_embeddings=24,
     )
     unet = dataclasses.replace(COMPONENTS["unet"], in_channels=8)
-    components = {**COMPONENTS, "unet": unet, "text_encoder": text}
+    components = {**COMPONENTS, "unet": unet, "text_encoder": text, **changes.pop("components", {})}
     values = {
         "components": components,
         "method": {},

@@ -6,8 +6,8 @@
         --input=photos --output=boxes
 
 trains `sd-tiny` on procedural scenes, offline, in one deterministic step. Every dataset of the
-mixture gives examples of all tasks it has the truth of; With
-`--config.task_options.detect=False` it learns one less. Presets, after a colon:
+mixture gives examples of all tasks it has the truth of; --config.task_options.detect=False learns
+one less. Presets, after a colon:
 
 `generalist.py:painted`  by denoising: ten steps with guidance from an image and its instruction
                          (InstructPix2Pix, arXiv 2211.09800), as InstructCV (arXiv 2310.00390) does.

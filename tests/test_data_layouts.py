@@ -83,7 +83,7 @@ def check(record, example, case):
         assert record["classes"].dtype == np.int32
         valid &= example["classes"] != 255
     np.testing.assert_array_equal(record["valid"], valid)
-    known = {"name", "rgb", "valid", "trimap", "unmasked_depth", *case.targets}
+    known = {"name", "rgb", "valid", "trimap", "unmasked_depth", "labels", *case.targets}
     assert record.keys() <= known
 
 
@@ -97,7 +97,7 @@ def test_every_layout_has_its_case():
         for name, row in DATASETS.items()
         if row.needs_data_dir
         and name not in ("tfds", "coco_keypoints", "eth3d", "tiny_imagenet")
-        and "referred" not in row.provides
+        and not {"referred", "instances"} & row.provides
     }
     # Normals of Virtual KITTI are one's own; the others are read as their neighbours are.
     allowed = {

@@ -52,7 +52,7 @@ class Records:
     - `alpha` float32 [h, w, 1] in [0, 1]: masks and mattes, valid everywhere; with it `trimap`
       uint8 [h, w, 1] (0 background, 128 unknown, 255 foreground) where the dataset has one;
     - `classes` int32 [h, w, 1], numbers into the row's `class_names`, 255 where void, i.e. invalid;
-      with it `labels`, the row's;
+      with it `labels`, the row's, if it has some;
     - `keypoints` float32 [k, 3] of one person, (x, y, visibility): pixels of this picture with the
       middle of the first at 0.5; 0 absent (then x = y = 0), 1 occluded, 2 visible; with it `box`
       float32 [4] (left, top, right, bottom) and `flip_pairs` (see the row);
@@ -110,13 +110,16 @@ class Records:
             masks["normals"] = record["normals"].any(axis=-1, keepdims=True)
         if "classes" in record:
             masks["classes"] = record["classes"] != VOID
-            record["labels"] = row.labels
+            if row.labels is not None:
+                record["labels"] = row.labels
         if "referred" in self.targets:
             record = refer(record, place_of(record["name"]))
             if self.evaluation:
                 del record["phrases"]
             if "mask" in record:
                 masks["referred"] = record.pop("mask")
+        if "instances" in self.targets and "mask" in record:
+            masks["instances"] = record.pop("mask")
         if "keypoints" in record and row.flip_pairs:
             record.setdefault("flip_pairs", row.flip_pairs)
         if row.depth_masks_normals and "depth" not in self.targets:

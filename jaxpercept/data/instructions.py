@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float32, Int
 
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.data.readers import EmptyMaskError
+from jaxpercept.data.row import Dataset
 
 Record = dict[str, Any]
 
@@ -43,6 +44,12 @@ INSTRUCTIONS = {
 
 SEEN = 0.004
 """The share of the picture from which a class or a thing is worth asking for."""
+
+
+def tasks_of(row: Dataset, tasks: Sequence[str]) -> list[str]:
+    """Those of the tasks that a dataset has the truth of."""
+    provided = row.provides if row.labels else row.provides - {"classes"}  # classes need names
+    return [task for task in tasks if TRUTHS[task] in provided]
 
 
 def instruct(record: Record, task: str, rng: np.random.Generator) -> Record:

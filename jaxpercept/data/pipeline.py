@@ -27,7 +27,7 @@ import grain
 import numpy as np
 
 from jaxpercept.data.datasets import DATASETS, TARGETS, Record, Records, open_dataset
-from jaxpercept.data.instructions import TRUTHS
+from jaxpercept.data.instructions import TRUTHS, tasks_of
 from jaxpercept.data.stages import (
     Collate,
     LoadExample,
@@ -271,10 +271,9 @@ def _asked_of(name: str, instructions: Sequence[str]) -> list[str]:
     Raises:
       UserError: there is none of those given.
     """
-    if not instructions:
+    if not instructions or name not in DATASETS:  # unknown ones are refused where they are opened
         return [""]
-    provides = DATASETS[name].provides if name in DATASETS else set(TARGETS)
-    asked = [task for task in instructions if TRUTHS[task] in provides]
+    asked = tasks_of(DATASETS[name], instructions)
     if not asked:
         raise UserError(
             f"Dataset {name} has the truth of none of {', '.join(instructions)}; leave it out of "

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from jaxpercept.data.datasets import DATASETS, TARGETS, Dataset, Record
-from jaxpercept.data.instructions import choose_class, choose_kind, draw_boxes
+from jaxpercept.data.datasets import DATASETS, Dataset, Record
+from jaxpercept.data.instructions import choose_class, choose_kind, draw_boxes, tasks_of
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.data.sources import place_of
 from jaxpercept.errors import UserError
@@ -125,12 +125,11 @@ def measured_parts(perception: PerceptionModel, dataset: str) -> dict[str, Perce
     """
     if not perception.task.parts:
         return {"": perception}
-    row = DATASETS.get(dataset)
-    provides = row.provides if row is not None else frozenset(TARGETS)
+    names = [*perception.task.parts]
+    if dataset in DATASETS:  # unknown ones are refused where they are opened
+        names = tasks_of(DATASETS[dataset], names)
     parts = {
-        name: dataclasses.replace(perception, task=task)
-        for name, task in perception.task.parts.items()
-        if measure_of(task).target in provides
+        name: dataclasses.replace(perception, task=perception.task.parts[name]) for name in names
     }
     if not parts:
         raise UserError(

@@ -1,6 +1,7 @@
-"""Rows of phrases that name things in pictures."""
+"""Rows of things in pictures, and of phrases that name them."""
 
 from jaxpercept.data.coco_phrases import open_coco_phrases
+from jaxpercept.data.coco_things import open_coco_things
 from jaxpercept.data.refcoco import RELEASES, open_refcoco
 from jaxpercept.data.row import Dataset
 
@@ -37,5 +38,13 @@ ROWS = (
         provides=_PHRASES,
         layout="refs.json, instances.json and images/*.jpg",
         licence="COCO 2017, CC BY 4.0 (annotations), Flickr terms (images); the phrases' own",
+    ),
+    Dataset(
+        "coco_things",
+        open_coco_things,
+        splits=("train", "test"),
+        provides=frozenset({"instances"}),
+        layout="instances.json and images/*.jpg",
+        licence="COCO 2017, CC BY 4.0 (annotations), Flickr terms (images)",
     ),
 )

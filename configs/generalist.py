@@ -38,9 +38,7 @@ def _scenes(config: ConfigDict) -> ConfigDict:
     config.steps = 840
     # A window of a picture may leave out what the phrase speaks of.
     config.data.augment.fit = "stretch"
-    # The instructions' words are not those of the captions that the checkpoint was trained with.
-    config.trainable = ("unet/", "text_encoder/")
-    return config
+    return presets.learns_words(config)
 
 
 def _painted(config: ConfigDict) -> ConfigDict:

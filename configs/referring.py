@@ -42,10 +42,10 @@ def get_config(preset: str = "") -> ConfigDict:
 
 def _scenes(config: ConfigDict) -> ConfigDict:
     config = presets.trained_on(presets.tiny(config), {"referring": 1.0}, "referring")
-    config.steps = 840
+    config.steps = 3000
     # A window of a picture may leave out what the phrase speaks of.
     config.data.augment.fit = "stretch"
-    return config
+    return presets.learns_words(config)
 
 
 def _painted(config: ConfigDict) -> ConfigDict:

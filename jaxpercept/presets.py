@@ -77,6 +77,18 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def learns_words(config: ConfigDict) -> ConfigDict:
+    """The text encoder is trained, too, and small things weigh more.
+
+    `sd-tiny` draws much the same whatever its caption says: what words name is still to be learned,
+    which a high learning rate prevents.
+    """
+    config.trainable = ("unet/", "text_encoder/")
+    config.task_options.emphasis = 10.0
+    config.optimizer.learning_rate = 1e-3
+    return config
+
+
 def paper(
     config: ConfigDict,
     resolution: tuple[int, int] = (768, 768),

@@ -343,7 +343,7 @@ def test_valid_is_where_all_targets_are(rng):
         np.testing.assert_array_equal(
             record["valid"], np.logical_and.reduce([there[target] for target in targets])
         )
-        assert record.keys() - {"unmasked_depth"} == {"name", "rgb", "valid", *targets}
+        assert record.keys() - {"unmasked_depth", "labels"} == {"name", "rgb", "valid", *targets}
     for targets in (("alpha",), ("keypoints",), ()):
         example = {
             "alpha": np.zeros((4, 6, 1), np.float32),

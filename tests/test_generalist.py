@@ -80,6 +80,23 @@ def test_what_is_painted_is_read_again(examples):
             assert all(len(boxes_of(s[..., 0])) for s in score)
 
 
+def test_what_is_painted_weighs_more(examples):
+    assert get_task("generalist").cell_weights(examples, 8) is None
+    weights = np.asarray(get_task("generalist", emphasis=3.0).cell_weights(examples, 8))
+    assert weights.shape == (20, 6, 8, 1)
+    truth, subtask = np.asarray(examples["truth"]), np.asarray(examples["subtask"])
+    for row, number in enumerate(subtask):
+        share = (truth[row, ..., 0] != 0).reshape(6, 8, 8, 8).mean(axis=(1, 3))
+        expected = 1 + 3 * share if number >= 2 else np.ones((6, 8))
+        np.testing.assert_allclose(weights[row, ..., 0], expected, atol=1e-6)
+    # A referring model's are the same.
+    rows = subtask == list(TRUTHS).index("referring")
+    batch = {name: examples[name][rows] for name in ("rgb", "valid")}
+    batch["referred"] = examples["truth"][rows][..., :1]
+    alone = get_task("referring", emphasis=3.0).cell_weights(batch, 8)
+    np.testing.assert_allclose(alone, weights[rows], atol=1e-6)
+
+
 def test_its_tasks_are_chosen():
     others = {"depth": False, "segment": False, "referring": False}
     assert list(get_task("generalist", **others).parts) == ["normals", "detect"]

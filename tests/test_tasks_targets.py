@@ -337,4 +337,5 @@ def test_the_mirrored_batch_has_the_mirrored_target(rng, name):
 
 def test_every_task_that_can_be_trained_is_here():
     trained = {name for name, task in TASKS.items() if task.fields}
-    assert trained == {task.name for task in TASK.values()}
+    elsewhere = {name for name in TASKS if name.startswith("generalist")}  # test_generalist.py
+    assert trained - elsewhere == {task.name for task in TASK.values()}

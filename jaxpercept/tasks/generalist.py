@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jaxpercept import losses
 from jaxpercept.data.instructions import INSTRUCTIONS, TRUTHS
 from jaxpercept.errors import UserError
 from jaxpercept.tasks.base import Target, Task, Terms, image_terms, to_signed
@@ -106,12 +107,16 @@ _PARTS: dict[str, type[Task]] = {
 }
 
 
+_PAINTED = {"segment", "detect", "referring"}
+
+
 @dataclasses.dataclass(frozen=True)
 class GeneralistTask(Task):
     """Whatever the instruction asks for, as an image.
 
     Attributes:
       depth, normals, segment, detect, referring: which tasks it learns.
+      emphasis: a latent's cell weighs 1 + emphasis in its loss where it is painted all over.
     """
 
     depth: bool = True
@@ -119,6 +124,7 @@ class GeneralistTask(Task):
     segment: bool = True
     detect: bool = True
     referring: bool = True
+    emphasis: float = 0.0
 
     name: ClassVar[str] = "generalist"
     kind: ClassVar[str] = "colors"
@@ -153,6 +159,17 @@ class GeneralistTask(Task):
             image = jnp.where(asked, target.image, image)
             mask = jnp.where(asked, target.mask, mask)
         return Target(image, mask)
+
+    def cell_weights(
+        self, batch: Mapping[str, Array], factor: int
+    ) -> Float[Array, "b i j 1"] | None:
+        """As of `referring`: by the share of each cell that is painted; 1 where nothing is."""
+        if not self.emphasis:
+            return None
+        paints = jnp.asarray([name in _PAINTED for name in TRUTHS])[batch["subtask"]]
+        there = paints[:, None, None, None] & (batch["truth"][..., :1] != 0) & batch["valid"]
+        share = losses.cells(there, factor).mean(axis=(2, 4))[..., None]
+        return 1 + self.emphasis * share
 
     def loss_terms(
         self,

@@ -14,6 +14,13 @@ trains `sd-tiny` on procedural scenes with Marigold's method, some minutes each 
 `augmented_constant`, `augmented_decreasing`    other intensities over time
 `addp_augmented`        ADDP: its table and its augmentation
 
+`nyuv2_uniform`, `nyuv2_addp`, `nyuv2_augmented`, `nyuv2_addp_augmented`    on real images: half
+                        NYUv2's training set, half furnished rooms; named apart, since one table is
+                        of one dataset:
+
+    python -m jaxpercept.ablate --config=configs/addp_depth.py --workdir=runs/addp_nyuv2
+        --presets=nyuv2_uniform,nyuv2_addp --set=data_dir=DIR
+
 The blur has a fifth of ADDP's strength, as the pictures have a fifth of its size. What was measured
 is in docs/results.md.
 """
@@ -30,7 +37,7 @@ def get_config(preset: str = "uniform") -> ConfigDict:
     config = presets.denoising(presets.tiny(presets.one_step("depth")), "multi_resolution")
     # The first step is where the noise is strongest, as in training.
     config.scheduler.update({"timestep_spacing": "trailing", "rescale_betas_zero_snr": True})
-    return presets.choose("configs/addp_depth.py", preset, PRESETS, config)
+    return presets.choose("configs/addp_depth.py", preset, PRESETS | NYUV2, config)
 
 
 _drawn = presets.contribution
@@ -49,4 +56,17 @@ PRESETS = {
     "augmented_constant": functools.partial(_augmented, intensity="constant"),
     "augmented_decreasing": functools.partial(_augmented, intensity="decreasing"),
     "addp_augmented": lambda config: _augmented(_drawn(config, "addp_depth")),
+}
+
+
+def _on_nyuv2(preset: presets.Preset, config: ConfigDict) -> ConfigDict:
+    config = presets.trained_on(
+        presets.augmented(config), {"nyuv2": 0.5, "furnished": 0.5}, "nyuv2"
+    )
+    return preset(config)
+
+
+NYUV2 = {
+    f"nyuv2_{name}": functools.partial(_on_nyuv2, PRESETS[name])
+    for name in ("uniform", "addp", "augmented", "addp_augmented")
 }

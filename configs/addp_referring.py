@@ -1,10 +1,12 @@
 """ADDP's ingredients (arXiv 2504.11457) one by one, of referring segmentation, in a table.
 
+    python -m jaxpercept.train --config=configs/referring.py
     python -m jaxpercept.ablate --config=configs/addp_referring.py --workdir=runs/addp_referring
-        --seeds=0,1
+        --set=checkpoint=runs/referring --seeds=0,1
 
-trains `sd-tiny` on procedural scenes with several things alike, and evaluates on 1,000 others, also
-with one to three corrections. Presets:
+trains on procedural scenes with several things alike, and evaluates on 1,000 others, also with one
+to three corrections. `sd-tiny` knows no words, and in some minutes none is learned: the runs start
+from the referring model, as ADDP's start from InstructPix2Pix, which knows many. Presets:
 
 `one_step`         the mask in one deterministic step, without noise; not in the paper
 `uniform`          the image painted by denoising, uniform timesteps
@@ -28,6 +30,7 @@ def get_config(preset: str = "uniform") -> ConfigDict:
     config = presets.tiny(presets.one_step("referring", paint=False))
     config = presets.trained_on(config, {"referring": 1.0}, "referring")
     config.data.augment.fit = "stretch"
+    config = presets.learns_words(config)
     config.evaluation.limit = 0
     return presets.choose("configs/addp_referring.py", preset, PRESETS, config)
 

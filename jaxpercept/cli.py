@@ -76,9 +76,10 @@ def define_opening_flags(flag_values: flags.FlagValues) -> None:
     """The flags that say what else belongs to a checkpoint."""
     text = {
         "task": "What the checkpoint predicts, where its files do not say: depth, disparity, "
-        "normals, dis, matting, seg, semantic or pose.",
+        "normals, dis, matting, seg, semantic, referring or pose. Of a generalist: which of its "
+        "tasks is wanted, depth, normals, segment, detect or referring.",
         "family": "How, where its files do not say: genpercept, rgb_blending, marigold, e2e_ft, "
-        "lotus_d or lotus_g.",
+        "lotus_d, lotus_g or instruct_pix2pix.",
         "base": "The text-to-image checkpoint that has what this one lacks, such as GenPercept's.",
         "vae": "An autoencoder instead of the checkpoint's own; a tiny one (TAESD) is faster.",
         "decoder": "An autoencoder that decodes instead of the checkpoint's own.",

@@ -22,6 +22,7 @@ from jaxpercept.inference.outputs import (
     target_names,
 )
 from jaxpercept.inference.panel import panel, spectral, uncertainty_picture
+from jaxpercept.metrics.detection import boxes_of
 
 PROPERTIES = {
     "target_names": ["albedo", "material"],
@@ -109,6 +110,10 @@ def test_files_of_every_kind(tmp_path, rng, kind):
         np.testing.assert_array_equal(np.concatenate(list(values), axis=-1), prediction)
     elif kind == "keypoints":
         assert values.shape == (17, 3)
+    elif kind == "boxes":
+        np.testing.assert_array_equal(values, boxes_of(prediction[..., 0]))
+        written = np.array([list(box.values()) for box in record["boxes"]], np.float32)
+        np.testing.assert_array_equal(written.reshape(-1, 5), values)
     else:
         expected = prediction[..., 0] if CHANNELS[kind] == 1 else prediction
         np.testing.assert_array_equal(values, expected)

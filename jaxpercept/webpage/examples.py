@@ -14,11 +14,11 @@ SIZE = (240, 320)
 """(height, width) of the scenes."""
 # Of the test scenes, and what to look for: each time there are others of its kind.
 REFERRING = (
-    (8, "the red cylinder on the right"),
-    (5, "the ball in front"),
-    (6, "the blue cylinder on the left"),
-    (9, "the green box on the right"),
-    (2, "the cone in front"),
+    (8, "the yellow cylinder on the right"),
+    (9, "the red box on the left"),
+    (20, "the ball on the right"),
+    (0, "the cylinder on the right"),
+    (12, "the white ball in front"),
     (15, "the box on the right"),
 )
 FURNISHED = (0, 1, 2, 3, 4, 5)

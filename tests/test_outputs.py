@@ -120,7 +120,7 @@ def test_files_of_every_kind(tmp_path, rng, kind):
         low, high = KINDS[kind].range
         assert low <= values.min() <= values.max() <= high
     np.testing.assert_array_equal(opened(tmp_path / "a.png"), picture(kind, prediction, **options))
-    over = {"image": image} if kind == "keypoints" else {}
+    over = {"image": image} if kind in ("keypoints", "boxes") else {}
     columns = {"image": image, **pictures(kind, prediction, **over, **options)}
     if kind in ("classes", "keypoints"):  # one map for all channels
         uncertainty = uncertainty.max(axis=-1, keepdims=True)

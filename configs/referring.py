@@ -5,7 +5,8 @@
         --prompt="the red ball on the left"
 
 trains `sd-tiny` on procedural scenes with several things alike, offline, in one deterministic step
-that paints the mask (the paper has no such model).
+that paints the mask (the paper has no such model). On one CPU core it takes 54 minutes: mIoU 0.35;
+of several things it finds all, and the one that is meant not much more often than by chance.
 Presets, after a colon:
 
 `referring.py:painted`   by denoising: the image with what is named painted red, in ten steps with

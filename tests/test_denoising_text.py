@@ -51,8 +51,10 @@ def model(tmp_path_factory):
     return described, jax.tree.map(jnp.asarray, params), modules, tokenize
 
 
-def test_the_loss_is_that_of_torch(model, rng):
+@pytest.mark.parametrize("emphasis", [0.0, 4.0])
+def test_the_loss_is_that_of_torch(model, rng, emphasis):
     description, params, modules, tokenize = model
+    description = dataclasses.replace(description, task_options={"emphasis": emphasis})
     m = build_method(description, batch_size=len(TEXTS))
     assert set(m.fields) == {"rgb", "referred", "valid", "input_ids", "index"}
     rows = len(TEXTS)
@@ -91,7 +93,10 @@ def test_the_loss_is_that_of_torch(model, rng):
         ids = torch.tensor(tokenize(texts).astype(np.int64))
         prompt = modules["text_encoder"](ids).last_hidden_state
         output = modules["unet"](torch.cat([x, shown], dim=1), t, prompt).sample
-    assert float(loss) == pytest.approx(F.mse_loss(output, latent).item(), rel=5e-5)
+        referred = torch.tensor(np.array(batch["referred"])).permute(0, 3, 1, 2)
+        weights = 1 + emphasis * F.avg_pool2d(referred, m.model.downscale)
+        expected = (weights * (output - latent) ** 2).mean().item()
+    assert float(loss) == pytest.approx(expected, rel=5e-5)
 
 
 def test_every_condition_is_dropped_as_often_as_asked(model):

@@ -22,6 +22,11 @@ from jaxpercept.errors import UserError
 _TEST = 0.2
 
 
+def is_test(image: str) -> bool:
+    """Whether an image is of the fifth that is tested on; its name alone decides."""
+    return place_of(image) < _TEST
+
+
 def open_coco_phrases(request: Request, *, kinds: str = "") -> FileReferences:
     """The phrases of a fifth of the images for test, those of the others for training.
 
@@ -60,7 +65,7 @@ def open_coco_phrases(request: Request, *, kinds: str = "") -> FileReferences:
             _reference(number, entry, coco, crowds.get(entry["image_id"], []))
             for number, entry in enumerate(entries)
             if not wanted or entry["kind"] in wanted
-            if (place_of(entry["image"]) < _TEST) == (request.split == "test")
+            if is_test(entry["image"]) == (request.split == "test")
         ]
     return FileReferences(Files(root), path, references, flat=False)
 

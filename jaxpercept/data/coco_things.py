@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 
 from jaxpercept.data.coco_masks import import_coco, mask_of
+from jaxpercept.data.coco_phrases import is_test
 from jaxpercept.data.listings import Files, Request, no_layout
 from jaxpercept.data.readers import read_rgb
 from jaxpercept.data.references import Annotations, naming
-from jaxpercept.data.sources import Example, existing_folder, place_of
+from jaxpercept.data.sources import Example, existing_folder
 from jaxpercept.errors import UserError
-
-_TEST = 0.2
 
 
 class CocoThings:
@@ -96,6 +95,6 @@ def open_coco_things(request: Request) -> CocoThings:
         images = [
             number
             for number, image in sorted(coco.images.items())
-            if (place_of(image["file_name"]) < _TEST) == side
+            if is_test(image["file_name"]) == side
         ]
         return CocoThings(coco, Files(root), images)

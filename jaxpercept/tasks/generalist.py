@@ -25,6 +25,25 @@ _BLUE, _WHITE = np.array([0, 0, 1], np.float32), np.array([1, 1, 1], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
+class _EditingTask(Task):
+    """An image in colours, told by a text."""
+
+    channels: ClassVar[int] = 3
+    reads_text: ClassVar[bool] = True
+    loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1")
+    default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0}
+
+    def loss_terms(
+        self,
+        decoded: Float[Array, "b h w c"],
+        target: Target,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Terms:
+        """Between images."""
+        return image_terms(decoded, target)
+
+
+@dataclasses.dataclass(frozen=True)
 class InstructedDepth(DepthTask):
     """Depth, asked for in words."""
 
@@ -60,7 +79,7 @@ class InstructedSegmentation(ReferringTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class InstructedDetection(Task):
+class InstructedDetection(_EditingTask):
     """Boxes around all things of a kind, painted blue with a white frame."""
 
     name: ClassVar[str] = "generalist:detect"
@@ -69,8 +88,6 @@ class InstructedDetection(Task):
     fields: ClassVar[tuple[str, ...]] = ("instances", "valid")
     reads_text: ClassVar[bool] = True
     instruction: ClassVar[str] = INSTRUCTIONS["detect"][0]
-    loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1")
-    default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0}
 
     def encode_target(self, batch: Mapping[str, Array]) -> Target:
         """The image with the boxes over it.
@@ -83,15 +100,6 @@ class InstructedDetection(Task):
         framed = painted(batch["rgb"], (boxed != 0).astype(jnp.float32), jnp.asarray(_WHITE)[None])
         inside = jnp.asarray(_BLUE) * 2 - 1
         return Target(jnp.where(boxed > 0, inside[None, None, None], framed), batch["valid"])
-
-    def loss_terms(
-        self,
-        decoded: Float[Array, "b h w c"],
-        target: Target,
-        keys: Key[Array, " b"] | None = None,
-    ) -> Terms:
-        """Between images."""
-        return image_terms(decoded, target)
 
     def finish(self, prediction: Float[Array, "b h w 3"]) -> Float[Array, "b h w 1"]:
         """How blue it is, see `closeness`."""
@@ -111,7 +119,7 @@ _PAINTED = {"segment", "detect", "referring"}
 
 
 @dataclasses.dataclass(frozen=True)
-class GeneralistTask(Task):
+class GeneralistTask(_EditingTask):
     """Whatever the instruction asks for, as an image.
 
     Attributes:
@@ -131,8 +139,6 @@ class GeneralistTask(Task):
     channels: ClassVar[int] = 3
     fields: ClassVar[tuple[str, ...]] = ("truth", "subtask", "depth_range", "valid")
     reads_text: ClassVar[bool] = True
-    loss_names: ClassVar[tuple[str, ...]] = ("mse", "l1")
-    default_weights: ClassVar[Mapping[str, float]] = {"mse": 1.0}
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -170,15 +176,6 @@ class GeneralistTask(Task):
         there = paints[:, None, None, None] & (batch["truth"][..., :1] != 0) & batch["valid"]
         share = losses.cells(there, factor).mean(axis=(2, 4))[..., None]
         return 1 + self.emphasis * share
-
-    def loss_terms(
-        self,
-        decoded: Float[Array, "b h w c"],
-        target: Target,
-        keys: Key[Array, " b"] | None = None,
-    ) -> Terms:
-        """Between images."""
-        return image_terms(decoded, target)
 
 
 GENERALIST: tuple[type[Task], ...] = (GeneralistTask, *_PARTS.values())

@@ -93,7 +93,15 @@ def test_files_of_every_kind(tmp_path, rng, kind):
     channels = {"intrinsics": 6, "classes": 40, "keypoints": 17}
     uncertainty = rng.random((12, 17, channels.get(kind, 1)), np.float32)
     paths = save_prediction(
-        tmp_path, "a", kind, prediction, {}, uncertainty=uncertainty, panel_of=image, **options
+        tmp_path,
+        "a",
+        kind,
+        prediction,
+        {},
+        uncertainty=uncertainty,
+        image=image,
+        panelled=True,
+        **options,
     )
     assert sorted(paths) == sorted(tmp_path.iterdir())
     # No other image's outputs may be called like one of these.
@@ -119,9 +127,10 @@ def test_files_of_every_kind(tmp_path, rng, kind):
         np.testing.assert_array_equal(values, expected)
         low, high = KINDS[kind].range
         assert low <= values.min() <= values.max() <= high
+    if kind in ("keypoints", "boxes"):
+        options["image"] = image
     np.testing.assert_array_equal(opened(tmp_path / "a.png"), picture(kind, prediction, **options))
-    over = {"image": image} if kind in ("keypoints", "boxes") else {}
-    columns = {"image": image, **pictures(kind, prediction, **over, **options)}
+    columns = {"image": image, **pictures(kind, prediction, **options)}
     if kind in ("classes", "keypoints"):  # one map for all channels
         uncertainty = uncertainty.max(axis=-1, keepdims=True)
     columns["uncertainty"] = uncertainty_picture(uncertainty)

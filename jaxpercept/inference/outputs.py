@@ -83,7 +83,8 @@ def save_prediction(
     record: Mapping[str, Any],
     *,
     uncertainty: Float[np.ndarray, "h w k"] | None = None,
-    panel_of: UInt8[np.ndarray, "_ _ 3"] | None = None,
+    image: UInt8[np.ndarray, "_ _ 3"] | None = None,
+    panelled: bool = False,
     **options: Any,
 ) -> list[Path]:
     """Write one image's prediction and the `NAME.json` that says what it is.
@@ -99,7 +100,8 @@ def save_prediction(
         prediction: one image's prediction; normals are in the OpenGL convention.
         record: further facts for the JSON file.
         uncertainty: of the prediction, for `NAME_uncertainty.npy` and `NAME_uncertainty.png`.
-        panel_of: the image, to be shown beside its prediction in `NAME_panel.png`.
+        image: what was predicted from; joints and boxes are drawn over it.
+        panelled: whether that image is shown beside its prediction in `NAME_panel.png`.
         options: see `Options`.
 
     Returns:
@@ -108,7 +110,7 @@ def save_prediction(
     Raises:
         UserError: an option does not fit the prediction.
     """
-    meaning, chosen = KINDS[kind], Options(**options)
+    meaning, chosen = KINDS[kind], Options(**options, image=image)
     values = meaning.array(prediction, chosen)
     facts = {
         "kind": kind,
@@ -126,15 +128,12 @@ def save_prediction(
         facts["units_per_value"] = {f"{Path(name).name}{ending}": meaning.integers.scale}
     if meaning.channels is None:
         images |= {f"_{title}.png": image for title, image in drawn.items()}
-    shown = {}
-    if panel_of is not None:
-        shown = pictures(kind, prediction, **{"image": panel_of, **options})
     if uncertainty is not None:
         arrays["_uncertainty.npy"] = meaning.uncertainty(uncertainty, chosen)
         joint = uncertainty.max(axis=-1, keepdims=True) if meaning.joint else uncertainty
-        images["_uncertainty.png"] = shown["uncertainty"] = uncertainty_picture(joint)
-    if panel_of is not None:
-        images["_panel.png"] = panel([{"image": panel_of, **shown}])
+        images["_uncertainty.png"] = drawn["uncertainty"] = uncertainty_picture(joint)
+    if panelled:
+        images["_panel.png"] = panel([{"image": image, **drawn}])
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for ending, array in arrays.items():
         save_array(folder / f"{name}{ending}", array)

@@ -14,12 +14,12 @@ SIZE = (240, 320)
 """(height, width) of the scenes."""
 # Of the test scenes, and what to look for: each time there are others of its kind.
 REFERRING = (
-    (8, "the yellow cylinder on the right"),
-    (9, "the red box on the left"),
-    (20, "the ball on the right"),
-    (0, "the cylinder on the right"),
-    (12, "the white ball in front"),
-    (15, "the box on the right"),
+    (10, "the red cone on the right"),
+    (7, "the red cone"),
+    (8, "the blue cone on the left"),
+    (20, "the yellow ball"),
+    (15, "the box on the left"),
+    (22, "the small box"),
 )
 FURNISHED = (0, 1, 2, 3, 4, 5)
 

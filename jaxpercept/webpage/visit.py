@@ -261,7 +261,9 @@ class Visit:
         for done, record in zip(self.session.rounds, records, strict=True):
             record = {"num_inference_steps": done.steps, **record}
             name = f"{stem}_round{done.number}"
-            paths += save_prediction(maps, name, kind, done.prediction, record, **options)
+            paths += save_prediction(
+                maps, name, kind, done.prediction, record, image=self.picture.rgb, **options
+            )
         together = self._folder / f"{stem}_maps.zip"
         with zipfile.ZipFile(together, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in paths:

@@ -5,15 +5,17 @@ What tells one from the others is its size and where it is; `relations.py` says 
 
 from jaxpercept.data.scenes.builder import ELLIPSOID, Place, cone, footprint
 from jaxpercept.data.scenes.palette import COLOURS, Material, Number, rotation, scaled, tint
-from jaxpercept.data.scenes.plain import PRIMITIVES, PlainRoom
+from jaxpercept.data.scenes.plain import PlainRoom
 from jaxpercept.data.scenes.textures import TILE
 
-# Those of the caption's colours that nobody mistakes for another of them.
-WORDS = ("red", "green", "blue", "yellow", "white", "black")
+# Colours and forms that a picture of 96 x 128 pixels shows plainly: few, so that each of the words
+# is in many of the phrases from which a model is to learn it.
+WORDS = ("red", "green", "blue", "yellow")
+KINDS = ("box", "ball", "cone")
 
 
 class AlikeRoom(PlainRoom):
-    """A room with three to five boxes, balls, cylinders and cones of few kinds and colours."""
+    """A room with three to five boxes, balls and cones of few kinds and colours."""
 
     def _size(self) -> tuple[Number, Number, Number]:
         draws = self.draws
@@ -21,10 +23,10 @@ class AlikeRoom(PlainRoom):
 
     def furnish(self) -> None:
         draws = self.draws
-        self.kinds = self._some(list(PRIMITIVES), draws.whole(2, 3))
+        self.kinds = self._some(list(KINDS), draws.whole(2, 3))
         # On a wall or a floor of its own colour a thing would hardly be seen.
         words = [word for word in WORDS if word not in (self.wall.word, self.ground.word)]
-        self.words = self._some(words, draws.whole(2, 3))
+        self.words = self._some(words, draws.whole(2, min(3, len(words))))
         wanted = draws.whole(3, 5)
         for _ in range(5 * wanted):
             if len(self.b.things) >= wanted:
@@ -83,7 +85,5 @@ class AlikeRoom(PlainRoom):
             b.box((0, 0.5 * height, 0), (half, 0.5 * height, half), material, turn=turn)
         elif kind == "ball":
             b.cylinder(0, 0, 0, half, height, material, ELLIPSOID)
-        elif kind == "cylinder":
-            b.cylinder(0, 0, 0, half, height, material)
         else:
             b.cylinder(0, 0, 0, half, height, material, cone(0.0))

@@ -1,10 +1,10 @@
 """Phrases that tell things apart by size and place, each true of exactly one and of no other.
 
-A phrase names a group, things of a kind ("ball") or of a colour and a kind ("red ball"), and what
-is so of only one of the group: "large", "small" or "tall", "on the left", "on the right" or "in
-front", "on" a thing, or "left of", "right of", "in front of" or "behind" it. That thing needs a
-name of its own. Whatever is said is clear: of the one it holds by a margin, of the others of the
-group that are to be seen it is false by a margin.
+A phrase names a group, things of a kind ("ball"), of a colour ("red thing") or of both ("red
+ball"), and what is so of only one of the group: "large", "small" or "tall", "on the left", "on the
+right" or "in front", "on" a thing, or "left of", "right of", "in front of" or "behind" it. That
+thing needs a name of its own. Whatever is said is clear: of the one it holds by a margin, of the
+others of the group that are to be seen it is false by a margin.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _TALL = 1.4  # height over width from which a thing may be called tall
 _LARGER = 1.4  # factor between sizes, in metres and in the picture
 _ASIDE = 0.06  # between centres, as a share of the picture's width
 _FARTHER = 0.35  # metres
-_MOST = {"side": 3, "depth": 2}  # phrases of one sort for one thing, of other sorts one
+_MOST = {"name": 2, "side": 2, "depth": 2}  # phrases of one sort for one thing, of other sorts one
 
 
 class Look(NamedTuple):
@@ -30,7 +30,7 @@ class Look(NamedTuple):
     left: float  # edges, 0 to 1 across the picture
     right: float
     high: float  # share of the picture's height
-    names: tuple[str, str]  # of the groups it belongs to
+    names: tuple[str, ...]  # of the groups it belongs to
     bulk: float  # square metres seen from the side
 
 
@@ -80,7 +80,7 @@ def _looks(seen: Sequence[Sight], instance: Int[np.ndarray, "h w"]) -> list[Look
             columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
             left, right = int(columns[0]) / width, int(columns[-1] + 1) / width
             high = int(rows[-1] + 1 - rows[0]) / height
-            names = thing.kind, f"{thing.word} {thing.kind}"
+            names = thing.kind, f"{thing.word} thing", f"{thing.word} {thing.kind}"
             bulk = float(thing.width * thing.height)
             found.append(Look(sight, left, right, high, names, bulk))
     return found

@@ -15,8 +15,17 @@ from the referring model, as ADDP's start from InstructPix2Pix, which knows many
 `augmented`        uniform timesteps; the noisy input made of masks that are moved, cut and faded
 `addp_augmented`   ADDP: its table and its augmentation
 
+`coco_one_step`, `coco_uniform`, `coco_addp`, `coco_addp_augmented`     on photographs: half of each
+                   batch phrases of COCO, half scenes; named apart, since one table is of one
+                   dataset:
+
+    python -m jaxpercept.ablate --config=configs/addp_referring.py --workdir=runs/addp_coco
+        --presets=coco_uniform,coco_addp --set=checkpoint=runs/referring,data_dir=DIR
+
 What was measured is in docs/results.md.
 """
+
+import functools
 
 from ml_collections import ConfigDict
 
@@ -32,7 +41,7 @@ def get_config(preset: str = "uniform") -> ConfigDict:
     config.data.augment.fit = "stretch"
     config = presets.learns_words(config)
     config.evaluation.limit = 0
-    return presets.choose("configs/addp_referring.py", preset, PRESETS, config)
+    return presets.choose("configs/addp_referring.py", preset, PRESETS | COCO, config)
 
 
 _drawn = presets.contribution
@@ -44,4 +53,17 @@ PRESETS = {
     "ddim_noise": lambda config: _drawn(presets.painted(config), "ddim_noise:10"),
     "augmented": lambda config: presets.corrupted(presets.painted(config)),
     "addp_augmented": lambda config: presets.corrupted(_drawn(presets.painted(config), "addp_ris")),
+}
+
+
+def _on_coco(preset: presets.Preset, config: ConfigDict) -> ConfigDict:
+    mixture = {"coco_phrases": 0.5, "referring": 0.5}
+    config = presets.trained_on(presets.augmented(config), mixture, "coco_phrases")
+    config.data.augment.scale = (1.0, 1.0)  # a window may leave out what the phrase speaks of
+    return preset(config)
+
+
+COCO = {
+    f"coco_{name}": functools.partial(_on_coco, PRESETS[name])
+    for name in ("one_step", "uniform", "addp", "addp_augmented")
 }

@@ -28,7 +28,7 @@ def save(page: bytes, path: Path) -> None:
 
 def main(checkpoint: str, folder: str = "docs/images", *where: str) -> None:
     """Take them."""
-    example, x, y = (int(where[0]), *map(float, where[1:])) if where else (0, 0.1, 0.7)
+    example, x, y = (int(where[0]), *map(float, where[1:])) if where else (0, 0.29, 0.85)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         with (

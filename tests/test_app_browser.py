@@ -168,15 +168,15 @@ def test_names_of_files_are_text(tab, tmp_path):
 def test_clicks_on_an_example_say_what_is_there(tab):
     tab.page.locator("#examples button").nth(0).click()
     tab.status("Round 0")
-    assert tab.page.input_value("#phrase textarea") == "the red cone on the right"
-    tab.click_at(0.1, 0.7)
-    tab.status("That is 'the red cone on the left'")
-    assert tab.page.input_value("#unwanted textarea") == "the red cone on the left"
+    assert tab.page.input_value("#phrase textarea") == "the yellow cone"
+    tab.click_at(0.29, 0.85)
+    tab.status("That is 'the blue cone on the left'")
+    assert tab.page.input_value("#unwanted textarea") == "the blue cone on the left"
     tab.page.click("#correct")
     tab.status("Round 1")
-    assert "not the red cone on the left" in tab.rounds(2)[1]
-    tab.click_at(0.59, 0.7)
-    tab.status("'the red cone on the right' itself")
+    assert "not the blue cone on the left" in tab.rounds(2)[1]
+    tab.click_at(0.66, 0.8)
+    tab.status("'the yellow cone' itself")
     tab.click_at(0.6, 0.1)
     tab.status("Nothing there has a name")
 

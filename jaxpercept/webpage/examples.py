@@ -14,9 +14,9 @@ SIZE = (240, 320)
 """(height, width) of the scenes."""
 # Of the test scenes, and what to look for: each time there are others of its kind.
 REFERRING = (
-    (10, "the red cone on the right"),
+    (2, "the yellow cone"),
     (7, "the red cone"),
-    (8, "the blue cone on the left"),
+    (10, "the red cone on the right"),
     (20, "the yellow ball"),
     (15, "the box on the left"),
     (22, "the small box"),

@@ -9,7 +9,7 @@ to three corrections. `sd-tiny` knows no words, and in some minutes none is lear
 from the referring model, as ADDP's start from InstructPix2Pix, which knows many. Presets:
 
 `one_step`         the mask in one deterministic step, without noise; not in the paper
-`uniform`          the image painted by denoising, uniform timesteps
+`uniform`          the image painted by denoising, in five steps, uniform timesteps
 `addp`             timesteps of ADDP's published table
 `ddim_noise`       by closed-form contribution factors of ten DDIM steps, ours
 `augmented`        uniform timesteps; the noisy input made of masks that are moved, cut and faded
@@ -45,14 +45,15 @@ def get_config(preset: str = "uniform") -> ConfigDict:
 
 
 _drawn = presets.contribution
+_painted = functools.partial(presets.painted, num_steps=5)
 
 PRESETS = {
     "one_step": lambda config: config,
-    "uniform": presets.painted,
-    "addp": lambda config: _drawn(presets.painted(config), "addp_ris"),
-    "ddim_noise": lambda config: _drawn(presets.painted(config), "ddim_noise:10"),
-    "augmented": lambda config: presets.corrupted(presets.painted(config)),
-    "addp_augmented": lambda config: presets.corrupted(_drawn(presets.painted(config), "addp_ris")),
+    "uniform": _painted,
+    "addp": lambda config: _drawn(_painted(config), "addp_ris"),
+    "ddim_noise": lambda config: _drawn(_painted(config), "ddim_noise:10"),
+    "augmented": lambda config: presets.corrupted(_painted(config)),
+    "addp_augmented": lambda config: presets.corrupted(_drawn(_painted(config), "addp_ris")),
 }
 
 

@@ -16,6 +16,7 @@ from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import app
 from jaxpercept.data.rows.own import TEST_SCENES
+from jaxpercept.data.scenes.alike import KINDS
 from jaxpercept.errors import UserError
 from jaxpercept.inference.correction import Session
 from jaxpercept.webpage.drawing import draw, marked, overlay, value_at
@@ -120,7 +121,7 @@ def test_examples_name_one_thing_of_several():
         assert rows.size > 0.005 * scene.instance.size
         y, x = int(rows[rows.size // 2]), int(columns[rows.size // 2])
         assert phrase in scene.names(x, y)
-        noun = phrase.split()[2 if phrase.split()[1] in ("red", "blue", "green") else 1]
+        (noun,) = set(phrase.split()) & set(KINDS)
         others = {other for text, other in scene.phrases if f" {noun}" in text} - {thing}
         assert others, f"{phrase!r} could only be one thing"
     floor = np.argwhere(scenes[0].instance == 0)[-1]

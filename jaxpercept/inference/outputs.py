@@ -127,7 +127,7 @@ def save_prediction(
         images[ending] = meaning.integers.encode(np.clip(values, *meaning.range))
         facts["units_per_value"] = {f"{Path(name).name}{ending}": meaning.integers.scale}
     if meaning.channels is None:
-        images |= {f"_{title}.png": image for title, image in drawn.items()}
+        images |= {f"_{title}.png": shown for title, shown in drawn.items()}
     if uncertainty is not None:
         arrays["_uncertainty.npy"] = meaning.uncertainty(uncertainty, chosen)
         joint = uncertainty.max(axis=-1, keepdims=True) if meaning.joint else uncertainty
@@ -137,8 +137,8 @@ def save_prediction(
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for ending, array in arrays.items():
         save_array(folder / f"{name}{ending}", array)
-    for ending, image in images.items():
-        save_png(folder / f"{name}{ending}", image)
+    for ending, shown in images.items():
+        save_png(folder / f"{name}{ending}", shown)
     paths = [folder / f"{name}{ending}" for ending in (*arrays, *images)]
     facts["files"] = [path.name for path in paths]
     path = folder / f"{name}.json"

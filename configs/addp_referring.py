@@ -58,10 +58,7 @@ PRESETS = {
 
 
 def _on_coco(preset: presets.Preset, config: ConfigDict) -> ConfigDict:
-    mixture = {"coco_phrases": 0.5, "referring": 0.5}
-    config = presets.trained_on(presets.augmented(config), mixture, "coco_phrases")
-    config.data.augment.scale = (1.0, 1.0)  # a window may leave out what the phrase speaks of
-    return preset(config)
+    return preset(presets.trained_on_coco_phrases(config))
 
 
 COCO = {

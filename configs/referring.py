@@ -58,9 +58,7 @@ def _addp(config: ConfigDict) -> ConfigDict:
 
 
 def _coco(config: ConfigDict) -> ConfigDict:
-    config = presets.learns_words(presets.tiny_real(config))
-    config.data.augment.update({"fit": "stretch", "scale": (1.0, 1.0)})
-    return presets.trained_on(config, {"coco_phrases": 0.5, "referring": 0.5}, "coco_phrases")
+    return presets.trained_on_coco_phrases(presets.learns_words(presets.tiny_real(config)))
 
 
 def _refcoco(config: ConfigDict) -> ConfigDict:

@@ -163,6 +163,17 @@ def augmented(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def trained_on_coco_phrases(config: ConfigDict) -> ConfigDict:
+    """Half phrases of photographs, half of scenes; of whole pictures.
+
+    A window of a picture may leave out what the phrase speaks of.
+    """
+    mixture = {"coco_phrases": 0.5, "referring": 0.5}
+    config = trained_on(augmented(config), mixture, "coco_phrases")
+    config.data.augment.update({"fit": "stretch", "scale": (1.0, 1.0)})
+    return config
+
+
 def tiny_real(config: ConfigDict) -> ConfigDict:
     """`tiny` on real images: longer, augmented, evaluated on the whole test set."""
     config = augmented(tiny(config))

@@ -84,9 +84,7 @@ class InstructedDetection(_EditingTask):
 
     name: ClassVar[str] = "generalist:detect"
     kind: ClassVar[str] = "boxes"
-    channels: ClassVar[int] = 3
     fields: ClassVar[tuple[str, ...]] = ("instances", "valid")
-    reads_text: ClassVar[bool] = True
     instruction: ClassVar[str] = INSTRUCTIONS["detect"][0]
 
     def encode_target(self, batch: Mapping[str, Array]) -> Target:
@@ -136,9 +134,7 @@ class GeneralistTask(_EditingTask):
 
     name: ClassVar[str] = "generalist"
     kind: ClassVar[str] = "colors"
-    channels: ClassVar[int] = 3
     fields: ClassVar[tuple[str, ...]] = ("truth", "subtask", "depth_range", "valid")
-    reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.parts:

@@ -35,7 +35,7 @@ def get_config(preset: str = "") -> ConfigDict:
 def _scenes(config: ConfigDict) -> ConfigDict:
     mixture = {"scenes": 0.7, "referring": 0.3}
     config = presets.trained_on(presets.tiny(config), mixture, "scenes")
-    config.steps = 840
+    config.steps = 4000
     # A window of a picture may leave out what the phrase speaks of.
     config.data.augment.fit = "stretch"
     return presets.learns_words(config)

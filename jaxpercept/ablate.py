@@ -224,9 +224,11 @@ def _results(
         [(name, count)] = options.items()
         output = run / "evaluation" / f"{dataset}-{name.removesuffix('_size')}{count}"
         if not current(output / REPORT):
-            corrected = {name: count} if name == "corrections" else {}
-            model = open_model(str(run), **({} if corrected else options))
-            run_evaluation(model, output, facts={"evaluation": wanted}, **wanted, **corrected)
+            opening = {"pad_multiple": wanted["pad_multiple"]}
+            asked = {key: x for key, x in wanted.items() if key not in opening}
+            (asked if name == "corrections" else opening)[name] = count
+            model = open_model(str(run), **opening)
+            run_evaluation(model, output, facts={"evaluation": wanted}, **asked)
         yield title, _read(output / REPORT)
 
 

@@ -87,6 +87,9 @@ def base_config() -> ConfigDict:
     c.evaluation.batch_size = 8
     # Long side in pixels the network works at; None: that of `resolution`, 0: the images' own.
     c.evaluation.processing_resolution = config_dict.placeholder(int)
+    # Pad images to multiples of so many pixels, such as 64: those of many sizes then share few
+    # compiled programs. 0: as little as possible.
+    c.evaluation.pad_multiple = 0
     return c
 
 
@@ -110,7 +113,8 @@ def check_config(c: Any, batch_devices: int) -> None:
         UserError: one sentence naming the key and the remedy.
     """
     _at_least(c, 1, "steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
-    _at_least(c, 0, "eval_every", "seed", "data.num_workers", "evaluation.limit")
+    _at_least(c, 0, "eval_every", "seed", "data.num_workers")
+    _at_least(c, 0, "evaluation.limit", "evaluation.pad_multiple")
     _at_least(c, 1, "evaluation.batch_size", "optimizer.decay_steps")
     _at_least(c, 0, "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm")
     _one_of(c, "compute_dtype", ("float32", "bfloat16"))

@@ -23,7 +23,8 @@ from jaxpercept import presets
 
 def get_config(preset=""):
     config = tiny_run.config({base!r}, steps=2, batch_size=8)
-    config.evaluation.update({{"dataset": "scenes", "limit": 2, "batch_size": 2}})
+    config.evaluation.update({{"dataset": "scenes", "limit": 2, "batch_size": 2,
+                               "pad_multiple": 16}})
     choices = {{**PRESETS, "large": _large, "elsewhere": _elsewhere,
                "referring": _referring}}
     return presets.choose("config.py", preset, choices, config)
@@ -107,6 +108,7 @@ def test_a_table_is_made_and_continued(file, tmp_path, monkeypatch, capsys):
     )
     assert ensemble["evaluation"] == single["evaluation"]
     assert ensemble["evaluation"]["overrides"] == {"scene_seed": 5}
+    assert single["protocol"]["pad_multiple"] == 16
     assert ensemble["protocol"] == {**single["protocol"], "ensemble_size": 2}
     assert float(rows["noisy, ensemble of 2"]["abs_rel"]) > 0
 
@@ -140,7 +142,8 @@ def finished(file, tmp_path, monkeypatch):
         done.append((output.name, model.size, options["limit"]))
         write(output, ablate.latest_step(output.parents[1]), **facts)
 
-    def open_model(checkpoint, ensemble_size=1):
+    def open_model(checkpoint, pad_multiple, ensemble_size=1):
+        assert pad_multiple == 16
         assert checkpoint in (str(folder / "noisy/0"), str(folder / "referring/0"))
         return types.SimpleNamespace(size=ensemble_size)
 

@@ -202,6 +202,7 @@ class Evaluator:
             **self._measure.facts(next(iter(self._protocols.values())), row),
             "crop": row.crop,
             "processing_resolution": self._resolution,
+            "pad_multiple": self._predictor.multiple,
             "num_inference_steps": self._options.num_steps or perception.recipe.num_steps,
             "ensemble_size": self._options.ensemble_size,
             "flip": self._options.flip,

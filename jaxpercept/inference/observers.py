@@ -19,6 +19,7 @@ from jaxpercept.data.datasets import DATASETS, open_dataset
 from jaxpercept.data.transforms import FOG, Augment, prepare
 from jaxpercept.inference.evaluator import Evaluator
 from jaxpercept.inference.measures import is_detail, measured_parts
+from jaxpercept.inference.predictor import Predictor
 from jaxpercept.inference.report import drawn, table, write_report
 from jaxpercept.methods import Autoencoder, TextToImage
 from jaxpercept.training.loop import Observer
@@ -37,7 +38,8 @@ _READING = (
 def evaluation_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.evaluation` says, as arguments of `Evaluator`; plain JSON.
 
-    The files are read as the training reads those of the same dataset.
+    Of these `pad_multiple` is its predictor's. The files are read as the training reads those of
+    the same dataset.
     """
     given = {name: value for name, value in config["evaluation"].items() if value is not None}
     own = dataset_options(config, given["dataset"])
@@ -56,14 +58,17 @@ def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
     The panel of input, truth and prediction also goes to the run's pictures. A generalist is
     evaluated task by task, each with a report in a folder of its name.
     """
-    options = evaluation_options(setup.description.config)
-    dataset = options["dataset"]
+    wanted = evaluation_options(setup.description.config)
+    dataset = wanted["dataset"]
+    options = {**wanted}
+    padding = options.pop("pad_multiple")
     evaluators = {
         "/".join(filter(None, (dataset, name))): Evaluator(
             part,
             mesh=mesh,
             resolution=setup.description.resolution,
             tokenize=setup.tokenize,
+            predictor=Predictor(part, mesh, pad_multiple=padding),
             **options,
         )
         for name, part in measured_parts(setup.method.perception, dataset).items()
@@ -75,7 +80,7 @@ def evaluation_observer(setup: Setup, mesh: Mesh, *, workdir: Path) -> Observer:
             result = evaluator.run(weights)
             logging.info("%s after step %d, %s", title, step, table(result))
             if jax.process_index() == 0:
-                facts = {"checkpoint": str(workdir), "step": step, "evaluation": options}
+                facts = {"checkpoint": str(workdir), "step": step, "evaluation": wanted}
                 write_report(workdir / "evaluation" / title, result, facts)
             if result.pictures:
                 writer.picture(step, title.replace("/", "_"), drawn(result))

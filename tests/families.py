@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch_checkpoints
 from diffusers import (
     AutoencoderKL,
     MarigoldDepthPipeline,
@@ -36,7 +37,16 @@ from families_torch import (
     quiet,
 )
 from safetensors.torch import save_file
-from torch_checkpoints import cast, randomise, text_encoder, unet, write_tokenizer
+from torch_checkpoints import (
+    FULL_TEXT_ENCODER,
+    FULL_UNET,
+    FULL_VAE,
+    cast,
+    randomise,
+    text_encoder,
+    unet,
+    write_tokenizer,
+)
 from transformers import CLIPTokenizer
 
 RESOLUTION = 64
@@ -410,7 +420,11 @@ _BUILDERS: dict[str, Builder] = {
 
 
 def instruct_pix2pix(
-    folder: Path, seed: int = 0, scheduler: dict[str, Any] | None = None
+    folder: Path,
+    seed: int = 0,
+    scheduler: dict[str, Any] | None = None,
+    *,
+    full_size: bool = False,
 ) -> dict[str, torch.nn.Module]:
     """An InstructPix2Pix folder: Stable Diffusion 1 with eight input channels. Its networks.
 
@@ -418,8 +432,18 @@ def instruct_pix2pix(
     """
     name = "StableDiffusionInstructPix2PixPipeline"
     scheduler = scheduler or {**SCHEDULER, "prediction_type": "epsilon"}
-    network = unet("sd1", seed, in_channels=8)
-    return write_folder(folder, network, seed, name, UNCHECKED, scheduler)
+    network = unet("sd1", seed, in_channels=8, **(FULL_UNET["sd1"] if full_size else {}))
+    modules = write_folder(folder, network, seed, name, UNCHECKED, scheduler)
+    if full_size:
+        words = modules["text_encoder"].config.vocab_size
+        large = {
+            "vae": torch_checkpoints.vae(seed + 1, **FULL_VAE),
+            "text_encoder": text_encoder("sd1", words, seed + 2, **FULL_TEXT_ENCODER["sd1"]),
+        }
+        for part, module in large.items():
+            module.save_pretrained(folder / part)
+        modules |= large
+    return modules
 
 
 FAMILIES: dict[str, Builder] = {

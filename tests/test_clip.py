@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch_checkpoints import FULL_TEXT_ENCODER
 from torch_parity import max_abs, params_of, quick_jit, randomise
 
 from jaxpercept.models.config import CLIPTextConfig
@@ -74,34 +75,10 @@ def test_too_many_tokens(rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        (
-            "SD 1.5 text encoder (CLIP ViT-L/14)",
-            {
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "hidden_act": "quick_gelu",
-            },
-        ),
-        (
-            "SD 2.1 text encoder (OpenCLIP ViT-H)",
-            {
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 23,
-                "num_attention_heads": 16,
-                "hidden_act": "gelu",
-            },
-        ),
-    ],
-    ids=["sd15", "sd21"],
-)
-def test_full_size(rng, name, config):
-    reference = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)), rng)
+@pytest.mark.parametrize("name", FULL_TEXT_ENCODER)
+def test_full_size(rng, name):
+    config = transformers.CLIPTextConfig(**FULL_TEXT_ENCODER[name])
+    reference = randomise(transformers.CLIPTextModel(config), rng)
     clip, params = ported(reference)
     ids = rng.integers(0, 49408, (1, 77), dtype=np.int32)
     with torch.no_grad():

@@ -374,6 +374,9 @@ def test_networks_and_tasks_that_do_not_fit_are_named():
         )
         return build_method(described)
 
+    with pytest.raises(UserError, match="write DDIMScheduler into"):
+        method("image", scheduler={"_class_name": "EulerAncestralDiscreteScheduler"})
+    method("gaussian", scheduler={"_class_name": "EulerAncestralDiscreteScheduler"})
     with pytest.raises(UserError, match="UNet of 8 input channels, this one has 4"):
         built(NARROW)
     with pytest.raises(UserError, match="pose has no image to denoise: use the method one_step"):

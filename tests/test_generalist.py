@@ -25,7 +25,7 @@ from jaxpercept.webpage.models import open_models
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
 
-RED, BLUE = (1, -1, -1), (-1, -1, 1)
+RED, AZURE = (1, -1, -1), (-1, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_example_has_the_target_of_its_task(examples):
             expected = truth[row]
         elif name == "detect":
             boxed = truth[row, ..., :1]
-            expected = np.where(boxed > 0, BLUE, np.where(boxed < 0, 1, rgb[row]))
+            expected = np.where(boxed > 0, AZURE, np.where(boxed < 0, 1, rgb[row]))
         else:
             expected = np.where(truth[row, ..., :1] > 0, RED, rgb[row])
         np.testing.assert_allclose(image[row], expected, atol=1e-5)

@@ -84,10 +84,10 @@ def test_impossible_guidance_is_refused(wrong):
 
 @pytest.fixture
 def folder(tmp_path, rng):
-    """(scheduler) -> an InstructPix2Pix checkpoint."""
+    """(scheduler, full_size) -> an InstructPix2Pix checkpoint."""
 
-    def build(scheduler):
-        families.instruct_pix2pix(tmp_path, int(rng.integers(1000)), scheduler)
+    def build(scheduler, full_size=False):
+        families.instruct_pix2pix(tmp_path, int(rng.integers(1000)), scheduler, full_size=full_size)
         return tmp_path
 
     return build
@@ -110,12 +110,21 @@ def opened(folder):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
-@pytest.mark.parametrize("scheduler", [EULER, DDIM], ids=["euler", "ddim"])
-def test_sampling_is_that_of_diffusers(folder, scheduler, monkeypatch, rng):
-    folder = folder(scheduler)
+@pytest.mark.parametrize(
+    ("scheduler", "full_size"),
+    [
+        pytest.param(EULER, False, id="euler"),
+        pytest.param(DDIM, False, id="ddim"),
+        pytest.param(EULER, True, id="full size", marks=pytest.mark.slow),
+    ],
+)
+def test_sampling_is_that_of_diffusers(folder, scheduler, full_size, monkeypatch, rng):
+    folder = folder(scheduler, full_size)
     model, params, tokenize = opened(folder)
-    image = rng.uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
-    noise = rng.standard_normal((2, 16, 24, 4)).astype(np.float32)
+    cells, factor = (2, 16, 24), model.model.downscale
+    assert factor == (8 if full_size else 2)
+    image = rng.uniform(-1, 1, (2, *(factor * n for n in cells[1:]), 3)).astype(np.float32)
+    noise = rng.standard_normal((*cells, 4)).astype(np.float32)
     key, index = jax.random.key(int(rng.integers(1000))), jnp.array([4, 9])
     scales = [float(scale) for scale in rng.uniform(1.2, 4, 2)]
 

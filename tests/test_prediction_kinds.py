@@ -109,6 +109,8 @@ def test_keypoints_to_files(pose, tmp_path, rng):
     record = json.loads((tmp_path / "out/a.json").read_text())
     assert [joint["name"] for joint in record["keypoints"]] == list(KEYPOINTS)
     assert np.load(tmp_path / "out/a_uncertainty.npy").shape == image.shape[:2]
+    with Image.open(tmp_path / "out/a.png") as drawn:  # over the photograph
+        assert (np.asarray(drawn) == image).all(axis=-1).any()
     pipe = PerceptionPipeline.from_pretrained(pose, mesh=one_device())
     out = pipe(image, flip=True)
     assert out.prediction.shape == (1, 32, 48, 17)

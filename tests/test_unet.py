@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models import downsampling, embeddings, resnet, upsampling
 from flax import nnx
+from torch_checkpoints import FULL_UNET
 from torch_parity import (
     from_torch,
     max_abs,
@@ -269,29 +270,10 @@ def test_layer_norm(rng, eps):
     assert max_abs(apply(params, x), reference(to_torch(x))) <= 1e-5
 
 
-SD = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "norm_num_groups": 32}
-SD |= {"down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"]}
-SD |= {"up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3]}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("SD 1.5 UNet", {"attention_head_dim": 8, "cross_attention_dim": 768}),
-        (
-            "SD 2.1 UNet",
-            {
-                "attention_head_dim": [5, 10, 20, 20],
-                "cross_attention_dim": 1024,
-                "use_linear_projection": True,
-            },
-        ),
-    ],
-    ids=["sd15", "sd21"],
-)
-def test_full_size(rng, name, changes):
-    reference = randomise(diffusers.UNet2DConditionModel(**SD | changes), rng)
+@pytest.mark.parametrize("name", FULL_UNET)
+def test_full_size(rng, name):
+    reference = randomise(diffusers.UNet2DConditionModel(**FULL_UNET[name]), rng)
     unet, params = ported(reference)
     args = inputs(rng, unet.config, 32, 32, 77)
     args = [None if a is None else a[:1] for a in args]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch_checkpoints import FULL_VAE
 from torch_parity import max_abs, normal, params_of, quick_jit, randomise, to_torch
 
 from jaxpercept.models.config import VAEConfig
@@ -99,13 +100,7 @@ def test_bfloat16_is_close_and_remat_changes_nothing(rng):
 @pytest.mark.slow
 def test_full_size(rng):
     """The VAE of Stable Diffusion 1.x and 2.x."""
-    config = {
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-    }
-    reference = randomise(diffusers.AutoencoderKL(**config), rng)
+    reference = randomise(diffusers.AutoencoderKL(**FULL_VAE), rng)
     vae, params = ported(reference)
     x, z = rng.uniform(-1, 1, (1, 128, 128, 3)).astype(np.float32), normal(rng, 1, 16, 16, 4)
     with torch.no_grad():

@@ -16,6 +16,49 @@ logging.disable_progress_bar()
 POSITIONS = 24
 WORDS = ("a", "room", "with", "red", "cube")
 
+_LEVELS = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+FULL_UNET = {
+    "sd1": {**_LEVELS, "attention_head_dim": 8, "cross_attention_dim": 768},
+    "sd2": {
+        **_LEVELS,
+        "attention_head_dim": (5, 10, 20, 20),
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+}
+"""The UNets of Stable Diffusion 1.x and 2.x."""
+FULL_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+"""The autoencoder of both."""
+FULL_TEXT_ENCODER = {
+    "sd1": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "hidden_act": "quick_gelu",
+    },
+    "sd2": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 23,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+}
+"""CLIP ViT-L/14 and OpenCLIP ViT-H, as far as they are read."""
+
 
 def write_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
     """A hand-written CLIP vocabulary: the ASCII characters and a few words. Returns its size."""
@@ -84,32 +127,32 @@ def unet(kind: str, seed: int = 0, **overrides) -> UNet2DConditionModel:
     return randomise(UNet2DConditionModel(**(settings | overrides)), seed)
 
 
-def vae(seed: int = 1) -> AutoencoderKL:
-    model = AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        sample_size=16,
-    )
-    return randomise(model, seed)
+def vae(seed: int = 1, **overrides) -> AutoencoderKL:
+    settings = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+    }
+    return randomise(AutoencoderKL(**(settings | overrides)), seed)
 
 
-def text_encoder(kind: str, vocab_size: int, seed: int = 2) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=POSITIONS,
-        hidden_act="quick_gelu" if kind == "sd1" else "gelu",
-        projection_dim=32,
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1,
-        pad_token_id=vocab_size - 1 if kind == "sd1" else 0,
-    )
-    return randomise(CLIPTextModel(config), seed)
+def text_encoder(kind: str, vocab_size: int, seed: int = 2, **overrides) -> CLIPTextModel:
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "hidden_act": "quick_gelu" if kind == "sd1" else "gelu",
+        "projection_dim": 32,
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": vocab_size - 1,
+        "pad_token_id": vocab_size - 1 if kind == "sd1" else 0,
+    }
+    return randomise(CLIPTextModel(CLIPTextConfig(**(settings | overrides))), seed)
 
 
 def scheduler(kind: str) -> DDIMScheduler:

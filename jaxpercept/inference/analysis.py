@@ -37,7 +37,6 @@ from jaxtyping import Array, Float, Int
 from jaxpercept.data.augment import Augment
 from jaxpercept.data.datasets import Record
 from jaxpercept.data.transforms import prepare
-from jaxpercept.diffusion.steps import draws_noise
 from jaxpercept.errors import UserError
 from jaxpercept.inference.evaluation import Model
 from jaxpercept.inference.evaluator import Evaluator
@@ -135,13 +134,7 @@ class Analysis:
         if starts < 0:
             raise UserError(f"starts is {starts}: give 0 or more.")
         self.model, self._perception = model, model.perception
-        table = self._perception.solver.steps(steps)
-        if draws_noise(table) and not self._perception.recipe.draws_noise:
-            raise UserError(
-                f"the solver {self._perception.solver.class_name} draws noise, and models of "
-                f"{self._perception.recipe.family} begin with none: write DDIMScheduler into their "
-                "scheduler."
-            )
+        table = self._perception.steps(steps)
         self.timesteps = table.table.timestep.astype(np.float64)
         self.alphas = table.table.alpha.astype(np.float64)
         total = self._perception.solver.schedule.num_train_timesteps

@@ -48,8 +48,8 @@ def check_options(perception: Perception, options: Options) -> None:
         raise UserError(
             f"this model predicts in one step, not {steps}: leave num_inference_steps out."
         )
-    if steps is not None and recipe.timesteps is None:
-        perception.solver.steps(steps)  # raises where it does not fit
+    if recipe.timesteps is None:
+        perception.steps(steps)  # raises where it does not fit
     if not 0 <= options.seed < 2**32:
         raise UserError(f"seed {options.seed} does not fit: give one of 0 to {2**32 - 1}.")
     if options.ensemble_size < 1:

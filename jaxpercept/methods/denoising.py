@@ -160,8 +160,7 @@ class Denoising:
             )
         loss_weights(self.timesteps, self.solver.schedule, self.timestep_use)  # raises if wrong
         Guidance(self.text_guidance, self.image_guidance)  # likewise
-        self.solver.steps(self.num_steps)
-        _ = self.perception
+        self.perception.steps()
 
     @property
     def blends(self) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxpercept.diffusion.guidance import Guidance, Mixture, Text
 from jaxpercept.diffusion.sampler import Solver
-from jaxpercept.diffusion.steps import Row, Steps, sample, take
+from jaxpercept.diffusion.steps import Row, Steps, draws_noise, sample, take
 from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params, empty_prompt
 from jaxpercept.methods.recipe import Recipe
@@ -142,9 +142,20 @@ class Perception:
         return take(row, network, x, clip=clip, key=key, index=index)
 
     def steps(self, num_steps: int | None = None) -> Steps:
-        """What sampling does; None: in the recipe's number of steps."""
+        """What sampling does; None: in the recipe's number of steps.
+
+        Raises:
+            UserError: the solver draws noise between them, which a model that starts without noise
+                does not know; or it takes no such number of steps.
+        """
         timesteps = {} if self.recipe.timesteps is None else {"timesteps": self.recipe.timesteps}
-        return self.solver.steps(num_steps or self.recipe.num_steps, **timesteps)
+        steps = self.solver.steps(num_steps or self.recipe.num_steps, **timesteps)
+        if draws_noise(steps) and not self.recipe.draws_noise:
+            raise UserError(
+                f"the solver {self.solver.class_name} draws noise, and models of "
+                f"{self.recipe.family} begin with none: write DDIMScheduler into their scheduler."
+            )
+        return steps
 
     def start(self, image: Float[Array, "b i j c"], noise: Array | None) -> Array:
         """What x is at first."""

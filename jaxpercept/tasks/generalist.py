@@ -21,7 +21,8 @@ from jaxpercept.tasks.depth import DepthTask
 from jaxpercept.tasks.normals import NormalsTask
 from jaxpercept.tasks.referring import ReferringTask, closeness, painted
 
-_BLUE, _WHITE = np.array([0, 0, 1], np.float32), np.array([1, 1, 1], np.float32)
+# Pure blue, green or magenta do not come back from an autoencoder as small as `sd-tiny`'s.
+_AZURE, _WHITE = np.array([0, 0.5, 1], np.float32), np.array([1, 1, 1], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class InstructedSegmentation(ReferringTask):
 
 @dataclasses.dataclass(frozen=True)
 class InstructedDetection(_EditingTask):
-    """Boxes around all things of a kind, painted blue with a white frame."""
+    """Boxes around all things of a kind, painted azure with a white frame."""
 
     name: ClassVar[str] = "generalist:detect"
     kind: ClassVar[str] = "boxes"
@@ -96,12 +97,12 @@ class InstructedDetection(_EditingTask):
         """
         boxed = batch["instances"]
         framed = painted(batch["rgb"], (boxed != 0).astype(jnp.float32), jnp.asarray(_WHITE)[None])
-        inside = jnp.asarray(_BLUE) * 2 - 1
+        inside = jnp.asarray(_AZURE) * 2 - 1
         return Target(jnp.where(boxed > 0, inside[None, None, None], framed), batch["valid"])
 
     def finish(self, prediction: Float[Array, "b h w 3"]) -> Float[Array, "b h w 1"]:
-        """How blue it is, see `closeness`."""
-        return closeness(prediction, _BLUE)
+        """How azure it is, see `closeness`."""
+        return closeness(prediction, _AZURE)
 
 
 _PARTS: dict[str, type[Task]] = {

@@ -66,11 +66,11 @@ def configs(size: str) -> dict[str, dict[str, Any]]:
     return {"unet": UNETS[size], "vae": SD_VAE}
 
 
-def jax_model(size: str, dtype: str, remat: str = "none") -> LatentModel:
-    """jaxpercept's networks, without weights."""
+def jax_model(size: str, dtype: str, remat: str = "none", **unet: Any) -> LatentModel:
+    """jaxpercept's networks, without weights; unet: changes of its config."""
     settings = configs(size)
     return LatentModel(
-        unet=functional(UNetConfig.from_dict(settings["unet"]), dtype=dtype, remat=remat),
+        unet=functional(UNetConfig.from_dict(settings["unet"] | unet), dtype=dtype, remat=remat),
         vae=functional(VAEConfig.from_dict(settings["vae"]), dtype=dtype, remat=remat),
         text_encoder=None,
         schedule=None,

@@ -64,13 +64,18 @@ def jax_step(args: argparse.Namespace, params: Any, host_batch: Batch) -> Step:
     weights = tuple(PIXEL_WEIGHTS.items())
     policy = TimestepPolicy.constant(TIMESTEP)
     method = OneStep(model, DEPTH, policy, latent_weight=1.0, pixel_weights=weights)
+    return step_of(method, params, host_batch, args.dtype)
+
+
+def step_of(method: Any, params: Any, host_batch: Batch, dtype: str) -> Step:
+    """The trainer's step of a method on one device; frozen weights are kept in `dtype`."""
     config = base_config().optimizer
     config.update({"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0})
     optimizer, schedule = make_optimizer(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
     trained = common.put({"unet": params.pop("unet")}, "float32")
-    frozen = common.put(params, args.dtype)
+    frozen = common.put(params, dtype)
     state = init_state(trained, optimizer, ema=False)
     shardings = sharding.tree_shardings(state, mesh)
     state = jax.device_put(state, shardings)

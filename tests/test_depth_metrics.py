@@ -71,7 +71,8 @@ def assert_equals_reference(ours, pred, target, valid, alignment="least_square",
     for i in range(len(pred)):
         expected = reference(pred[i], target[i], valid[i], alignment, **limits)
         for name, value in expected.items():
-            np.testing.assert_allclose(ours[name][i], value, rtol=1e-5, err_msg=name)
+            rtol = 1e-4 if name == "i_rmse" else 1e-5  # 1 / p of an aligned p near 0
+            np.testing.assert_allclose(ours[name][i], value, rtol=rtol, err_msg=name)
 
 
 @pytest.mark.parametrize("alignment", ["least_square", "least_square_disparity", "median", "none"])

@@ -149,7 +149,8 @@ class Perception:
                 does not know; or it takes no such number of steps.
         """
         timesteps = {} if self.recipe.timesteps is None else {"timesteps": self.recipe.timesteps}
-        steps = self.solver.steps(num_steps or self.recipe.num_steps, **timesteps)
+        count = self.recipe.num_steps if num_steps is None else num_steps
+        steps = self.solver.steps(count, **timesteps)
         if draws_noise(steps) and not self.recipe.draws_noise:
             raise UserError(
                 f"the solver {self.solver.class_name} draws noise, and models of "

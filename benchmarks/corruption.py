@@ -4,8 +4,10 @@
     python benchmarks/corruption.py --size tiny --resolution 128 --batch 8
 
 The step is that of the denoising method on depth: the trainer's own, with the noise of Marigold.
-"corrupted" makes the noisy latents of blurred depth, for which the frozen encoder runs once more;
-"blur alone" is the corruption of the same batch in a program of its own, "encoder alone" the pass.
+"corrupted" makes the noisy latents of blurred depth. Where the network predicts v or x_0, the clean
+latents are wanted as well and the frozen encoder runs once more; --prediction epsilon wants the
+noise only. "blur alone" is the corruption of the same batch in a program of its own, "encoder
+alone" the pass.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ SCHEDULER = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction",
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
@@ -39,6 +40,12 @@ SCHEDULER = {
 
 def main() -> None:
     p = common.parser(__doc__.split("\n\n")[0], ("50m", "tiny", "sd21", "sd15"))
+    p.add_argument(
+        "--prediction",
+        choices=("v_prediction", "epsilon", "sample"),
+        default="v_prediction",
+        help="what the network predicts",
+    )
     p.set_defaults(resolution=[256])
     args = p.parse_args()
     common.use_device(args.device)
@@ -50,7 +57,7 @@ def main() -> None:
         method = Denoising(
             model,
             DEPTH,
-            Solver.from_config(SCHEDULER),
+            Solver.from_config({**SCHEDULER, "prediction_type": args.prediction}),
             TimestepPolicy.parse("uniform"),
             args.batch,
             corruption=corruption,
@@ -73,7 +80,7 @@ def main() -> None:
     times = common.interleave(calls, args.repeats)
 
     side, whole = args.resolution[0], times["step"]
-    print(f"\n{args.size}, {args.batch} x {side} px, {args.dtype}")
+    print(f"\n{args.size}, {args.batch} x {side} px, {args.dtype}, {args.prediction}")
     common.print_table(
         [
             {

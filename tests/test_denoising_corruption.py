@@ -23,6 +23,7 @@ from jaxpercept.diffusion.schedule import GENPERCEPT, NoiseSchedule
 from jaxpercept.diffusion.timesteps import sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods.denoising import _CORRUPTION_KEY
+from jaxpercept.methods.one_step import to_signed
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -78,6 +79,28 @@ def test_a_right_output_means_the_clean_target(seed, schedule, kind):
         tolerance = 1e-5 if kind != "epsilon" else 1e-5 + 2e-6 / float(abar[row].item()) ** 0.5
         np.testing.assert_allclose(consistent[row], clean[row], atol=tolerance)
         np.testing.assert_allclose(released[row], expected[row], atol=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "passes"), [(TYPES[0], 1), (TYPES[1], 0), (TYPES[2], 1)])
+def test_what_it_costs(networks, rng, kind, passes):  # noqa: F811
+    """A pass of the encoder where the clean latents are wanted as well: not with epsilon."""
+    _, _, params = networks
+    batch, key = inputs_of(rng)
+    scheduler = {"prediction_type": kind}
+
+    def operations(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    plain, m = (
+        method("gaussian", timesteps="uniform", scheduler=scheduler, corruption=corruption)
+        for corruption in ("none", "increasing")
+    )
+    inputs = (params[8], batch, key)
+    more = operations(m.loss, *inputs) - operations(plain.loss, *inputs)
+    t = jnp.zeros(ROWS, jnp.int32)
+    alone = operations(lambda batch: m._corrupted(key, batch, t), batch)
+    encoder = operations(m.perception.encode, params[8], to_signed(batch["rgb"]))
+    assert (more - alone) / encoder == pytest.approx(passes, abs=0.1)
 
 
 def test_without_noise_there_is_none_between(rng):

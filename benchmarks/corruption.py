@@ -26,17 +26,6 @@ from jaxpercept.methods.denoising import Denoising
 from jaxpercept.models.vae import encode_mean
 from jaxpercept.tasks.depth import DEPTH
 
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
-
 
 def main() -> None:
     p = common.parser(__doc__.split("\n\n")[0], ("50m", "tiny", "sd21", "sd15"))
@@ -52,12 +41,13 @@ def main() -> None:
 
     model = common.jax_model(args.size, args.dtype, in_channels=8)
     batch = make_batch(args)
+    scheduler = {"_class_name": "DDIMScheduler", "prediction_type": args.prediction}
 
     def step(corruption: str) -> Step:
         method = Denoising(
             model,
             DEPTH,
-            Solver.from_config({**SCHEDULER, "prediction_type": args.prediction}),
+            Solver.from_config(scheduler),
             TimestepPolicy.parse("uniform"),
             args.batch,
             corruption=corruption,

@@ -35,7 +35,6 @@ from jaxpercept import cli
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.load import latest_step
 from jaxpercept.errors import UserError
-from jaxpercept.evaluate import key_values
 from jaxpercept.inference.evaluation import open_model, run_evaluation
 from jaxpercept.inference.observers import evaluation_observer, evaluation_options
 from jaxpercept.inference.report import METRICS as REPORT
@@ -259,7 +258,7 @@ def main() -> int:
             FLAGS.presets,
             seeds=cli.integers("seeds", FLAGS.seeds),
             workdir=FLAGS.workdir,
-            changes=key_values("set", FLAGS.set),
+            changes=cli.key_values("set", FLAGS.set),
             ensembles=cli.integers("ensembles", FLAGS.ensembles),
             corrections=cli.integers("corrections", FLAGS.corrections),
         )

@@ -30,7 +30,7 @@ from absl import flags
 
 from jaxpercept import cli
 from jaxpercept.errors import UserError
-from jaxpercept.evaluate import dataset_overrides, default_output, key_values
+from jaxpercept.evaluate import dataset_overrides, default_output
 from jaxpercept.inference.analysis import PREFERRED, Analysis, Findings, check_denoises, find
 from jaxpercept.inference.analysis_report import summary, write_analysis
 from jaxpercept.inference.evaluation import Model, open_model
@@ -188,7 +188,7 @@ def main() -> None:
     values = {name: FLAGS[name].value for name in OWN_FLAGS}
     if values["seeds"] is not None:
         values["seeds"] = cli.integers("seeds", values["seeds"])
-    values["options"] = key_values("options", values["options"] or ())
+    values["options"] = cli.key_values("options", values["options"] or ())
     analyze(**values)
 
 

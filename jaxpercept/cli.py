@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging as python_logging
 import os
 import sys
@@ -162,6 +163,36 @@ def integers(name: str, values: Sequence[str]) -> list[int]:
     if not all(value.isdigit() for value in values):
         raise UserError(f"--{name}={','.join(values)} are not whole numbers.")
     return [int(value) for value in values]
+
+
+def key_values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """The KEY=VALUE pairs of a flag, values read as Python's literals or else as text.
+
+    Raises:
+        UserError: a pair is none.
+    """
+    values = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--{flag} {pair!r} is no KEY=VALUE.")
+        try:
+            values[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            values[key] = value
+    return values
+
+
+def height_and_width(flag: str, text: str) -> tuple[int, int]:
+    """ "480x640" as (480, 640).
+
+    Raises:
+        UserError: it is none, or zero.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise UserError(f"--{flag} {text} is not HEIGHTxWIDTH: write it as 480x640.")
+    return int(parts[0]), int(parts[1])
 
 
 def initialize_distributed() -> None:

@@ -375,21 +375,11 @@ def _copy_tokenizer(source: Path | None, folder: Path) -> None:
         diffusers_write.copy_tokenizer(source, folder / "tokenizer")
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """ "480x640" as (480, 640)."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise UserError(f"--size {text} is not HEIGHTxWIDTH: write it as 480x640.")
-    return int(parts[0]), int(parts[1])
-
-
 def main() -> None:
     """Read the flags and convert."""
     values = {name: FLAGS[name].value for name in OWN_FLAGS}
     source, check = values.pop("from"), values.pop("check")
-    values["size"] = parse_size(values["size"])
+    values["size"] = values["size"] and cli.height_and_width("size", values["size"])
     folder = convert(source, values.pop("to"), **values)
     print(folder)
     if check:

@@ -28,11 +28,10 @@ A generalist is evaluated task by task, those that the dataset has the truth of,
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -289,24 +288,6 @@ def dataset_overrides(options: Mapping[str, Any] | None, **own: Any) -> dict[str
     return {**given, **(options or {})}
 
 
-def key_values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """The KEY=VALUE pairs of a flag, values read as Python's literals or else as text.
-
-    Raises:
-        UserError: a pair is none.
-    """
-    values = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--{flag} {pair!r} is no KEY=VALUE.")
-        try:
-            values[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            values[key] = value
-    return values
-
-
 def default_output(checkpoint: str, dataset: str = "", kind: str = "evaluation") -> Path:
     """`CHECKPOINT/evaluation/DATASET` for a local checkpoint, else `evaluation/DATASET`."""
     base = Path(checkpoint) if Path(checkpoint).is_dir() else Path()
@@ -323,7 +304,7 @@ def main() -> int:
             raise UserError("--data_root is of a suite: give --suite, or --data_dir instead.")
         if not values["dataset"]:
             raise UserError("--dataset is required, or --suite: see --help.")
-        values["options"] = key_values("options", values["options"] or ())
+        values["options"] = cli.key_values("options", values["options"] or ())
         evaluate(**values)
         return 0
     if data_root is None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from jaxpercept.data import prepared
 from jaxpercept.data.crops import CROPS, EVAL_CROPS
 from jaxpercept.data.listings import Request
 from jaxpercept.data.readers import VOID, EmptyMaskError
@@ -19,7 +20,7 @@ from jaxpercept.data.referring import refer
 from jaxpercept.data.row import TARGETS, Dataset
 from jaxpercept.data.rows import DATASETS
 from jaxpercept.data.rows.own import TEST_SCENES, TRAIN_SCENES
-from jaxpercept.data.sources import FileSource, place_of
+from jaxpercept.data.sources import Example, FileSource, place_of
 from jaxpercept.data.transforms import crop
 from jaxpercept.errors import UserError
 
@@ -95,7 +96,15 @@ class Records:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Record:
-        record: Record = self.source[index]
+        return self.record_of(self.source[index])
+
+    def record_of(self, example: Example) -> Record:
+        """The record of an example of the source.
+
+        Raises:
+          EmptyMaskError: as on indexing.
+        """
+        record: Record = dict(example)
         row = self.dataset
         if row.crop is not None:
             rows, columns = CROPS[row.crop](*record["rgb"].shape[:2])
@@ -221,10 +230,13 @@ def open_dataset(
     if row.needs_data_dir and not data_dir:
         raise UserError(f"Dataset {name} needs a folder; set data_dir.")
     targets = _checked_targets(row, targets)
+    folder = prepared.find(data_dir, name)
     splits = row.splits_with(targets) or tuple(row.splits)
+    if folder is not None:
+        splits = prepared.splits_of(folder, splits)
     split = split or splits[-1 if evaluation else 0]
     # A list file of one's own needs no known split; TFDS splits may be slices.
-    if split not in row.splits and name != "tfds" and "list_file" not in options:
+    if split not in row.splits and name != "tfds" and "list_file" not in options and not folder:
         raise UserError(f"Dataset {name} has no split {split!r}, only {', '.join(row.splits)}.")
     changes = {k: _override(k, options.pop(k)) for k in _OVERRIDES if k in options}
     accepted = options_of(name)
@@ -245,7 +257,16 @@ def open_dataset(
         layout=row.layout,
         evaluation=evaluation,
     )
-    source = row.open_source(request, **options)
+    if folder is None:
+        source = row.open_source(request, **options)
+    elif options:
+        raise UserError(
+            f"{folder} is prepared: leave {', '.join(sorted(options))} away, or prepare it again "
+            "with that."
+        )
+    else:
+        source, facts = prepared.open_prepared(folder, request)
+        row = dataclasses.replace(row, **facts)
     if held_out:
         source = _one_side(source, name, held_out, evaluation)
     row = _checked(dataclasses.replace(row, **changes))
@@ -273,11 +294,11 @@ def _check_kind(row: Dataset, option: str, value: Any) -> None:
         raise UserError(f"{option} of dataset {row.name} must be {kind}, got {value!r}.")
 
 
-def _one_side(source: Any, name: str, held_out: float, evaluation: bool) -> FileSource:
+def _one_side(source: Any, name: str, held_out: float, evaluation: bool) -> Any:
     """The images that are held out for evaluation, or the others."""
     if not 0 < held_out < 1:
         raise UserError(f"held_out of dataset {name} is a share from 0 to below 1, not {held_out}.")
-    if not isinstance(source, FileSource):
+    if not isinstance(source, FileSource | prepared.PreparedSource):
         raise UserError(f"Dataset {name} has splits of its own; leave held_out away.")
     side = source.subset(lambda image: (place_of(image) < held_out) == evaluation)
     if not len(side):

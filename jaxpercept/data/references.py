@@ -81,6 +81,10 @@ class ReferringSource(abc.ABC):
     def __len__(self) -> int:
         return len(self._items)
 
+    def reference_of(self, index: int) -> Reference:
+        """The reference of an example."""
+        return self.references[self._items[index][0]]
+
     def __getitem__(self, index: int) -> Example:
         number, sentence = self._items[index]
         reference = self.references[number]
@@ -196,6 +200,12 @@ class FileReferences(ReferringSource):
                     )
             if not isinstance(mask, str):
                 import_coco()
+
+    def files_of(self, index: int) -> list[str]:
+        """The files that an example is read from, the image first; annotations are in one more."""
+        where: Annotated = self.reference_of(index).where
+        files = [where.image, *([where.mask] if isinstance(where.mask, str) else [])]
+        return [os.path.join(self.root, path) for path in files]
 
     def _read(self, reference: Reference) -> Seen:
         where: Annotated = reference.where

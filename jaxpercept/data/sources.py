@@ -90,6 +90,10 @@ class FileSource:
         masks = [example.pop(field) for field in MASKS if field in example]
         return example | ({"mask": np.logical_and.reduce(masks)} if masks else {})
 
+    def files_of(self, index: int) -> list[str]:
+        """The files that an example is read from, the image first."""
+        return [os.path.join(self.root, paths[index]) for paths in self.columns.values()]
+
     def subset(self, keep: Callable[[str], bool]) -> "FileSource":
         """The examples whose names are to be kept: no published number is expected of them."""
         kept = [i for i, name in enumerate(self.names) if keep(name)]

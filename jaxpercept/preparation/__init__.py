@@ -1,0 +1,1 @@
+"""Raw datasets into sharded ArrayRecord, by Apache Beam."""

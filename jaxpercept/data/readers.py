@@ -266,6 +266,28 @@ def _decode_exr_vectors(exr, path: str) -> Float32[np.ndarray, "h w 3"]:
     raise ValueError(f"expected the channels R, G, B or X, Y, Z, not {', '.join(channels)}")
 
 
+def read_hdf5(path: str | Path, name: str = "dataset", index: int | None = None) -> np.ndarray:
+    """Reads an array of an HDF5 file, or one element of it.
+
+    Raises:
+      UnreadableFileError: the file is missing or damaged, or has no such array.
+      UserError: the package h5py is not installed.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(
+            f"Reading {path} needs the package h5py; install it with "
+            "`pip install 'jaxpercept[prepare]'`."
+        ) from error
+
+    def read() -> np.ndarray:
+        with h5py.File(path) as file:
+            return file[name][() if index is None else index]
+
+    return _guard(read, str(path))
+
+
 # ---- helpers -------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,21 @@
 """Rows of depth and surface normals."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from jaxpercept.data.listings import Lists, Tree
+from jaxpercept.data.hypersim import open_hypersim
+from jaxpercept.data.listings import Layout, Lists, Tree
+from jaxpercept.data.nyuv2_mat import open_nyuv2
 from jaxpercept.data.palettes import NYU40_TO_13, PALETTES
 from jaxpercept.data.readers import ClassesReader, RawFloat32Reader
 from jaxpercept.data.row import Dataset
 from jaxpercept.data.rows.build import beside, counted, dsine, files, lists
+
+
+def _own_or(opened: Callable[..., Any], *layouts: Layout) -> dict[str, Any]:
+    """The fields of a row whose files may be the published ones that `opened` knows as well."""
+    return files(*layouts) | {"open_source": functools.partial(opened, layouts=layouts)}
 
 
 def _nyuv2(name: str, labels: str, table: Sequence[int]) -> Dataset:
@@ -22,14 +31,16 @@ def _nyuv2(name: str, labels: str, table: Sequence[int]) -> Dataset:
     bts = Lists(splits={s: bts.format(s) for s in ("train", "test")}, rooted=True)
     return Dataset(
         name,
-        **files(
+        **_own_or(
+            open_nyuv2,
             own,
             counted(marigold, **labelled),
             counted(bts, train=24231, test=654),
             counted(lists("rgb", "normals", test="nyuv2_test.txt"), test=654),
             dsine("*_img.png", expected=654, test="test/"),
         ),
-        layout="train.txt and test.txt with lines `rgb depth classes`, or the lists of Marigold "
+        layout="nyu_depth_v2_labeled.mat with splits.mat, or train.txt and test.txt with lines "
+        "`rgb depth classes`, or the lists of Marigold "
         "(filename_list_{train,test}.txt; nyuv2_test.txt for normals) or of BTS "
         "(nyudepthv2_{train,test}_files_with_gt.txt), or DSINE's test/*_img.png with *_normal.png",
         depth_scale=1000.0,
@@ -78,7 +89,8 @@ ROWS = (
     _nyuv2("nyuv2_13", "nyu13", NYU40_TO_13),
     Dataset(
         "hypersim",
-        **files(
+        **_own_or(
+            open_hypersim,
             Lists(
                 splits={s: f"filename_list_{s}_filtered.txt" for s in ("train", "val", "test")},
                 partners={"normals": (r"rgb_(cam_\d+_fr\d+)\.\w+$", r"normal_cam_\1.npy")},
@@ -95,8 +107,10 @@ ROWS = (
                 train=48925,
             ),
         ),
-        layout="Marigold's filename_list_{train,val,test}_filtered.txt and the files they name, or "
-        "for normals its hypersim_filtered_{all,val,test}.txt",
+        layout="Hypersim's own files, ai_*/images/scene_cam_*_final_hdf5/*.color.hdf5 with "
+        "*_geometry_hdf5/ and metadata_images_split_scene_v1.csv, or Marigold's "
+        "filename_list_{train,val,test}_filtered.txt and the files they name, or for normals its "
+        "hypersim_filtered_{all,val,test}.txt",
         depth_scale=1000.0,
         min_depth=1e-5,
         max_depth=65.0,

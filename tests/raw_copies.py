@@ -48,11 +48,11 @@ def write_hypersim(root, frames, split_of=lambda scene: "train", private=()):
             group = "final" if kind == "color" else "geometry"
             folder = root / scene / "images" / f"scene_{camera}_{group}_hdf5"
             write_hdf5(folder / f"frame.{number:04d}.{kind}.hdf5", dataset=array)
+        keyframes = np.arange(30)[::-1]
+        own = [n for s, c, n in frames if (s, c) == (scene, camera)]
+        positions = np.where(np.isin(keyframes, own)[:, None], 0.0, [[9.0, 9.0, 9.0]])
         detail = root / scene / "_detail" / camera
-        write_hdf5(
-            detail / "camera_keyframe_frame_indices.hdf5", dataset=np.array([number + 1, number])
-        )
-        positions = np.array([[9.0, 9.0, 9.0], [0.0, 0.0, 0.0]])
+        write_hdf5(detail / "camera_keyframe_frame_indices.hdf5", dataset=keyframes)
         write_hdf5(detail / "camera_keyframe_positions.hdf5", dataset=positions)
         public = (scene, camera, number) not in private
         rows.append([scene, camera, number, public, "", split_of(scene)])

@@ -19,6 +19,7 @@ from jaxpercept.data.rows.own import TEST_SCENES
 from jaxpercept.data.scenes.alike import KINDS
 from jaxpercept.errors import UserError
 from jaxpercept.inference.correction import Session
+from jaxpercept.inference.outputs import save_prediction
 from jaxpercept.webpage.drawing import draw, marked, overlay, value_at
 from jaxpercept.webpage.examples import REFERRING, SIZE, Scene, furnished_scenes, referring_scenes
 from jaxpercept.webpage.models import open_models, warm_up
@@ -392,6 +393,20 @@ def test_clicks_elsewhere_ask_for_words(visit, referring):
     list(visit.correct("a box"))
     list(visit.correct("a lamp"))
     assert [record["clicked"] for record in visit.log()] == [None, (30, 20), None]
+
+
+def test_joints_and_boxes_are_drawn_over_the_photograph(visit, referring, monkeypatch):
+    drawn = []
+
+    def save(*arguments, image, **options):
+        drawn.append(image)
+        return save_prediction(*arguments, image=image, **options)
+
+    monkeypatch.setattr("jaxpercept.webpage.visit.save_prediction", save)
+    list(visit.find(referring, "the ball", num_steps=2))
+    visit.files()
+    (image,) = drawn
+    np.testing.assert_array_equal(image, visit.picture.rgb)
 
 
 def test_what_is_kept_of_the_rounds(visit, referring, tmp_path):

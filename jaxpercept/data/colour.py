@@ -14,6 +14,7 @@ Record = dict[str, Any]
 _AIR = np.float32(242)  # the fog's colour, an 8-bit level
 FOG = "fog, "  # what the caption of an image in fog begins with
 
+_STRENGTHS = ("brightness", "contrast", "saturation", "hue", "gamma", "noise")
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _RGB_TO_YIQ = np.array(
     [[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32
@@ -29,20 +30,25 @@ def photometric(
     blur = augment.blur * abs(blur)
     if blur > 0.1:
         image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(blur)))
+    if not any(getattr(augment, strength) for strength in _STRENGTHS):
+        return image
     matrix = _colour_matrix(augment.saturation * saturation, augment.hue * hue)
     gain = (1 + augment.brightness * brightness) * (1 + augment.contrast * contrast)
     mean = float(image.reshape(-1, 3).mean(0, dtype=np.float32) @ _LUMA) / 255
     # Contrast pivots on the mean luminance, which brightness has scaled before.
     offset = mean * (1 + augment.brightness * brightness) * -augment.contrast * contrast
+    # Every pass over the pixels counts: all of them are made in one array.
     pixels = image.reshape(-1, 3).astype(np.float32) @ (matrix.T * np.float32(gain / 255))
-    pixels = np.clip(pixels + np.float32(offset), 0, 1)
+    pixels += np.float32(offset)
+    pixels.clip(0, 1, out=pixels)
     if augment.gamma:
-        pixels = pixels ** np.float32((1 + augment.gamma) ** gamma)
+        np.power(pixels, np.float32((1 + augment.gamma) ** gamma), out=pixels)
     pixels *= 255
     if augment.noise:
         level = np.float32(augment.noise * rng.random())
         pixels += level * rng.standard_normal(pixels.shape, np.float32)
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8).reshape(image.shape)
+        pixels.clip(0, 255, out=pixels)
+    return np.rint(pixels, out=pixels).astype(np.uint8).reshape(image.shape)
 
 
 def haze(record: Record) -> Record:

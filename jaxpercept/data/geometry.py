@@ -193,6 +193,8 @@ def resize_nearest(
     raster: Shaped[np.ndarray, "h w c"], resolution: tuple[int, int]
 ) -> Shaped[np.ndarray, "H W c"]:
     """Pixel centres map to the nearest pixel (torch's "nearest-exact", jax.image's "nearest")."""
+    if raster.shape[:2] == tuple(resolution):
+        return raster
     # floor((i + 0.5) * size / out) in integers, where nothing rounds.
     rows, columns = (
         (2 * np.arange(out) + 1) * size // (2 * out)

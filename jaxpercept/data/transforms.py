@@ -137,7 +137,7 @@ def depth_range(
     ten-thousandth of its depth instead of zero, and an empty mask gets (0, 1), so that
     normalisation never divides by zero. (GenPercept, Marigold: `depth_transform.py`.)
     """
-    values = depth[valid]
+    values = depth if valid.all() else depth[valid]
     if values.size == 0:
         return np.array([0.0, 1.0], np.float32)
     low, high = np.quantile(values, (0.02, 0.98)).astype(np.float32)

@@ -377,7 +377,7 @@ def test_what_a_prepared_dataset_has_not(tmp_path, rng, options, complaint):
 def test_the_row_may_still_be_changed(tmp_path, rng):
     raw = folder_of(tmp_path / "raw", rng, count=2)
     prepare("folder", raw, tmp_path / "to", options={"depth_scale": 500, "max_depth": 12})
-    for changes in ({}, {"depth_scale": 250}, {"min_depth": 3.0}):
+    for changes in ({}, {"depth_scale": 250}, {"min_depth": 3.0}, {"first_class": 0}):
         expected = open_dataset(
             "folder", data_dir=raw, **{"depth_scale": 500, "max_depth": 12} | changes
         )

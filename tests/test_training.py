@@ -164,8 +164,24 @@ def test_what_a_run_writes(eight):
     for line in tiny_run.metrics(eight.workdir):
         assert line.keys() >= {"step", "loss", "latent_mse", "grad_norm", "learning_rate"}
         assert line.keys() >= {"step_seconds", "images_per_second"}
+        assert 0 <= line["input_wait"] <= 1
     rates = tiny_run.curve(eight.workdir, "learning_rate")
     np.testing.assert_allclose(rates[:3], [0, 5e-4, 1e-3], rtol=1e-6)
+
+
+def test_data_that_do_not_keep_up_are_told_of_once(base, tmp_path, caplog, monkeypatch):
+    take = loop.TrainIterator.__next__
+    monkeypatch.setattr(loop.TrainIterator, "__next__", lambda self: time.sleep(0.3) or take(self))
+    monkeypatch.setattr(loop, "_WARM", 1)
+    with caplog.at_level(logging.WARNING):
+        train(tiny_run.config(base, steps=4), tmp_path)
+    (message,) = [r.getMessage() for r in caplog.records if "keep up" in r.getMessage()]
+    assert "num_workers" in message
+    lines = tiny_run.metrics(tmp_path)
+    # A step is reported when the batch after the next is there; after the last none is waited for.
+    waited = [line["input_wait"] * line["step_seconds"] for line in lines]
+    assert min(waited[:2]) > 0.29
+    assert max(waited[2:]) < 0.29
 
 
 def test_flops_count_every_micro_batch(one, eight):

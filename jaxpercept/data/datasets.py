@@ -259,12 +259,12 @@ def open_dataset(
     )
     if folder is None:
         source = row.open_source(request, **options)
-    elif options:
-        raise UserError(
-            f"{folder} is prepared: leave {', '.join(sorted(options))} away, or prepare it again "
-            "with that."
-        )
     else:
+        # Configs name all options of a row, most with their defaults.
+        for option in sorted(key for key in options if options[key] != accepted[key]):
+            raise UserError(
+                f"{folder} is prepared: leave {option} away, or prepare it again with that."
+            )
         source, facts = prepared.open_prepared(folder, request)
         row = dataclasses.replace(row, **facts)
     if held_out:

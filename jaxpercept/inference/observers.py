@@ -31,7 +31,7 @@ _COLUMNS = 8
 # Options of a training dataset that say how its files are to be read; others choose examples.
 _READING = (
     *("depth_scale", "normals_axes", "first_class", "columns", "held_out"),
-    *("persons", "margin", "min_keypoints"),
+    *("persons", "margin", "min_keypoints", "filled", "orientation"),
 )
 
 

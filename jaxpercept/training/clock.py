@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -60,7 +62,7 @@ def compile_step(step_fn: Any, state: Any, frozen: Any, batch: Any, mesh: Mesh, 
 
 
 class Clock:
-    """Step time over the steps since the last reading."""
+    """Times of the steps since the last reading."""
 
     def __init__(self, batch_size: int, flops: float):
         self._batch_size, self._flops = batch_size, flops
@@ -70,17 +72,35 @@ class Clock:
 
     def start(self) -> None:
         """Forget what was before."""
-        self._steps, self._began = 0, time.perf_counter()
+        self._steps, self._waited, self._began = 0, 0.0, time.perf_counter()
 
     def tick(self) -> None:
         """A step is done."""
         self._steps += 1
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within: nothing but waiting for a batch."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
     def read(self) -> dict[str, float]:
-        """Seconds a step, images a second and, on known devices, the share of their peak."""
-        seconds = (time.perf_counter() - self._began) / max(self._steps, 1)
+        """What a step took since the last reading.
+
+        Returns:
+            `step_seconds`, `images_per_second`; `input_wait`, the share of the time in which the
+            host waited for a batch, which the devices cannot have idled longer than for want of
+            data; `mfu`, the share of their peak, on known devices.
+        """
+        elapsed = time.perf_counter() - self._began
+        seconds, waited = elapsed / max(self._steps, 1), self._waited / elapsed
         self.start()
-        values = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
+        values = {
+            "step_seconds": seconds,
+            "images_per_second": self._batch_size / seconds,
+            "input_wait": waited,
+        }
         if self._peak and self._flops:
             values["mfu"] = self._flops / seconds / self._peak
         return values

@@ -156,12 +156,21 @@ def _place(
     return checkpoints.restore(start, shapes, shardings, iterator), shardings
 
 
+_MUCH_WAITING = 0.1
+_WARM = 20  # steps before anything is said of the data
+_KEEP_UP = (
+    "the data do not keep up with the devices, which wait for them %.0f %% of the time: set "
+    "config.data.num_workers to the number of cores, and prepare the data with jaxpercept.prepare."
+)
+
+
 class _Loop:
     """The steps between the first batch and the last save."""
 
     def __init__(self, config, mesh, step_fn, iterator, checkpoints, writer, observe):
         self.config, self.mesh, self.step_fn, self.iterator = config, mesh, step_fn, iterator
         self.checkpoints, self.writer, self.observe = checkpoints, writer, observe
+        self.warn_from = 0
 
     def run(self, start: int, state: State, frozen: Params) -> State:
         """Train from step `start` to `config.steps`, then observe."""
@@ -178,6 +187,7 @@ class _Loop:
         )
         self.writer.facts(facts)
         self.clock = Clock(self.config.batch_size, facts["flops"])
+        self.warn_from = start + _WARM
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -206,7 +216,9 @@ class _Loop:
                 self._save(step, state, metrics)
             self.checkpoints.check()
             if not last:
-                batch = self._put(next(self.iterator))
+                with self.clock.waiting():
+                    batch = next(self.iterator)
+                batch = self._put(batch)
             # The device works on this step while the host reads the one before.
             if pending:
                 self._finish(*pending)
@@ -240,6 +252,9 @@ class _Loop:
         if step % self.config.log_every and observe is None:
             return
         values |= self.clock.read()
+        if step > self.warn_from and values["input_wait"] > _MUCH_WAITING:
+            self.warn_from = self.config.steps
+            logging.warning(_KEEP_UP, 100 * values["input_wait"])
         if skipped := sum(self.iterator.skipped.values()):
             values["skipped_examples"] = skipped
         summary = (

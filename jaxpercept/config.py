@@ -79,6 +79,9 @@ def base_config() -> ConfigDict:
     c.log_every = 50
     c.save_every = 1000
     c.keep = 2  # checkpoints kept
+    # A step whose loss or gradient is not finite is left out, `skips` of them in a row; after one
+    # more the run goes back to its last checkpoint and on with other data, `rollbacks` times.
+    c.recover = ConfigDict({"skips": 3, "rollbacks": 1})
     # Steps between evaluations (of a generative method: pictures); 0: at the end only.
     c.eval_every = 0
     c.evaluation = ConfigDict()
@@ -113,7 +116,7 @@ def check_config(c: Any, batch_devices: int) -> None:
         UserError: one sentence naming the key and the remedy.
     """
     _at_least(c, 1, "steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
-    _at_least(c, 0, "eval_every", "seed", "data.num_workers")
+    _at_least(c, 0, "eval_every", "seed", "data.num_workers", "recover.skips", "recover.rollbacks")
     _at_least(c, 0, "evaluation.limit", "evaluation.pad_multiple")
     _at_least(c, 1, "evaluation.batch_size", "optimizer.decay_steps")
     _at_least(c, 0, "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm")

@@ -8,7 +8,7 @@ import pytest
 from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.training import sharding
-from jaxpercept.training.step import init_state, make_train_step
+from jaxpercept.training.step import _finite, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -102,6 +102,36 @@ def test_micro_batches_add_up_to_the_batch(problem):
             assert right[name] == pytest.approx(value, rel=1e-5), name
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(parts.state), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_what_is_not_finite_is_left_out(problem, value, accumulate):
+    """1e30: the loss overflows in float32, as it does in a run that diverges."""
+    params, tower, batches = problem
+    run = Run(params, tower, accumulate=accumulate, ema_decay=DECAY)
+    run(batches[0])
+    before = jax.tree.map(np.array, run.state["params"])
+    batches[1]["x"][3, 2] = value
+    metrics = run(batches[1])
+    assert not np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, run.state["params"], before)
+    assert int(run.state["step"]) == 2
+    metrics = run(batches[2])
+    assert np.isfinite(metrics["loss"])
+    for leaf in jax.tree.leaves(run.state):
+        assert np.isfinite(leaf).all()
+    assert np.abs(run.state["params"]["net"]["bias"] - before["net"]["bias"]).max() > 1e-4
+
+
+def test_each_gradient_that_is_finite_counts():
+    grads = {"net": {"kernel": jnp.array([1.0, np.nan]), "bias": jnp.array([2.0])}}
+    kept = _finite(grads, jnp.float32(0.5))
+    np.testing.assert_array_equal(kept["net"]["kernel"], [0, 0])
+    np.testing.assert_array_equal(kept["net"]["bias"], [2])
+    none = _finite(grads, jnp.float32(np.inf))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(none))
 
 
 def test_the_step_compiles_once_gives_up_its_state_and_syncs_nothing(problem):

@@ -348,23 +348,68 @@ def test_metrics_are_read_one_step_late(quick, tmp_path, monkeypatch):
 def test_the_loop_moves_nothing_between_host_and_device_unasked(quick, tmp_path, monkeypatch):
     guards = []
     step = FakeStep(monkeypatch, {3: lambda: guards.append(jax.config.jax_transfer_guard)})
-    monkeypatch.setattr(
-        loop, "_require_finite", lambda *_: guards.append(jax.config.jax_transfer_guard)
-    )
+    monkeypatch.setattr(loop, "not_finite", lambda *_: guards.append(jax.config.jax_transfer_guard))
     on_one_device(quick, tmp_path)
     assert step.taken == 6
     assert set(guards) == {"disallow"}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+def test_a_loss_that_stays_infinite_stops_the_run_before_it_is_saved(
     quick, tmp_path, monkeypatch, value
 ):
+    quick.recover = {"skips": 0, "rollbacks": 0}
     FakeStep(monkeypatch, {4: lambda: value})
     with pytest.raises(UserError, match=r"loss is not finite at step 4: .*learning_rate"):
         on_one_device(quick, tmp_path)
     assert latest_step(tmp_path) == 2
-    assert [line["step"] for line in tiny_run.metrics(tmp_path)] == [1, 2]
+    assert [line["step"] for line in tiny_run.metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_some_steps_that_are_not_finite_are_left_out(quick, tmp_path, monkeypatch, caplog):
+    nan = dict.fromkeys((2, 3, 5, 6), lambda: np.nan)
+    step = FakeStep(monkeypatch, nan)
+    quick.recover = {"skips": 2, "rollbacks": 0}
+    with caplog.at_level(logging.WARNING):
+        on_one_device(quick, tmp_path)
+    assert step.taken == 6
+    assert latest_step(tmp_path) == 6
+    told = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert [message.split(":")[0][-1] for message in told] == ["2", "3", "5", "6"]
+    assert told[0].endswith("Examples: 8, 9, 10, 11, 12, 13, 14, 15")
+    lines = tiny_run.metrics(tmp_path)
+    assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, 2, 3, 4]
+    assert [line["loss"] for line in lines] == [0.5, None, None, 0.5, None, None]
+    # A step that was left out is not saved, unless it is the last.
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "6"}
+
+
+def test_after_too_many_it_goes_back_and_on_with_other_data(quick, tmp_path, monkeypatch, caplog):
+    step = FakeStep(monkeypatch, dict.fromkeys((4, 5, 6), lambda: np.inf))
+    quick.recover = {"skips": 1, "rollbacks": 1}
+    with caplog.at_level(logging.WARNING):
+        on_one_device(quick, tmp_path)
+    # Steps 1 to 5, the next one in flight, back to step 2, then 3 (infinite as well) to 6.
+    assert "back to step 2" in caplog.text
+    lines = tiny_run.metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert step.taken == 10
+    assert latest_step(tmp_path) == 6
+    told = [r.getMessage() for r in caplog.records if "Examples" in r.getMessage()]
+    # No example is seen twice: the seventh batch is what step 3 gets the second time.
+    assert told[0].endswith(", ".join(map(str, range(24, 32))))
+
+
+def test_it_goes_back_once_and_never_before_the_first_checkpoint(quick, tmp_path, monkeypatch):
+    FakeStep(monkeypatch, dict.fromkeys(range(4, 30), lambda: np.nan))
+    quick.recover = {"skips": 1, "rollbacks": 1}
+    with pytest.raises(UserError, match="loss is not finite at step 4: start anew"):
+        on_one_device(quick, tmp_path / "a")
+    assert latest_step(tmp_path / "a") == 2
+    FakeStep(monkeypatch, dict.fromkeys(range(1, 30), lambda: np.nan))
+    with pytest.raises(UserError, match="at step 2, before the first checkpoint: start anew"):
+        on_one_device(quick, tmp_path / "b")
+    assert latest_step(tmp_path / "b") is None
 
 
 def test_sigterm_saves_and_stops(quick, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from jaxpercept.training.step import State
 # arithmetic is carried out. Folders of single datasets (data.options.NAME.data_dir) may, too.
 _MAY_CHANGE = (
     *("steps", "data_dir", "mesh", "remat", "attention", "data.num_workers", "keep"),
-    *("log_every", "eval_every", "save_every", "evaluation"),
+    *("log_every", "eval_every", "save_every", "evaluation", "recover"),
 )
 
 
@@ -97,6 +97,11 @@ class Checkpoints:
         with self._failures():
             self._manager.check_for_errors()
 
+    def wait(self) -> None:
+        """Wait for the save in progress, and raise a UserError if it fails."""
+        with self._failures():
+            self._manager.wait_until_finished()
+
     def restore(
         self, step: int, state: State, shardings: State, iterator: grain.DatasetIterator
     ) -> State:
@@ -135,8 +140,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the save in progress, and raise what went wrong in it."""
         try:
-            with self._failures():
-                self._manager.wait_until_finished()
+            self.wait()
         finally:
             self._manager.close()
 

@@ -23,12 +23,12 @@ from jaxpercept.checkpoints import orbax
 from jaxpercept.checkpoints.load import FROZEN, load_frozen, merge_params
 from jaxpercept.config import check_config, dataset_options
 from jaxpercept.data.pipeline import TrainDataset, TrainIterator, make_train_dataset
-from jaxpercept.errors import UserError
 from jaxpercept.training import sharding
 from jaxpercept.training.checkpointing import Checkpoints, refuse_other_run, write_description
 from jaxpercept.training.clock import Clock, compile_step
 from jaxpercept.training.metric_writer import MetricWriter
 from jaxpercept.training.optim import Params, make_optimizer
+from jaxpercept.training.recovery import Diverged, Recovery, not_finite, nowhere_to_go
 from jaxpercept.training.setup import Setup, initial_weights, set_up
 from jaxpercept.training.step import State, init_state, make_train_step
 
@@ -170,7 +170,7 @@ class _Loop:
     def __init__(self, config, mesh, step_fn, iterator, checkpoints, writer, observe):
         self.config, self.mesh, self.step_fn, self.iterator = config, mesh, step_fn, iterator
         self.checkpoints, self.writer, self.observe = checkpoints, writer, observe
-        self.warn_from = 0
+        self.recovery = Recovery(**config.recover)
 
     def run(self, start: int, state: State, frozen: Params) -> State:
         """Train from step `start` to `config.steps`, then observe."""
@@ -181,7 +181,7 @@ class _Loop:
             return state
         batch = next(self.iterator)
         _describe_batch(batch)
-        batch = self._put(batch)
+        index, batch = batch["index"], self._put(batch)
         step_fn, facts = compile_step(
             self.step_fn, state, frozen, batch, self.mesh, self.config.accumulate
         )
@@ -195,60 +195,113 @@ class _Loop:
             unit="step",
             disable=None if jax.process_index() == 0 else True,
         )
-        with self.bar, jax.transfer_guard("disallow"):
-            with _sigterm() as terminated:
-                state, pending = self._steps(start, state, frozen, batch, step_fn, terminated)
-            step = pending[0]
+        shapes = jax.eval_shape(lambda: state)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        with self.bar, jax.transfer_guard("disallow"), _sigterm() as terminated:
+            while True:
+                try:
+                    state, step, values = self._steps(
+                        start, state, frozen, (batch, index), step_fn, terminated
+                    )
+                    break
+                except Diverged as error:
+                    start, state = self._roll_back(error, shapes, shardings)
+                    batch, index = self._next()
             if step < steps:
-                self._finish(*pending)
+                self._report(step, values)
                 raise Interrupted(f"stopped by SIGTERM after step {step}; the state is saved.")
-            self._finish(*pending, lambda: self._observe(step, state, frozen))
+            self._report(step, values, lambda: self._observe(step, state, frozen))
         return state
 
-    def _steps(self, start: int, state: State, frozen: Params, batch, step_fn, terminated):
-        """Take steps until the end or until `terminated`; the last one's metrics are not read."""
-        config, pending = self.config, ()
+    def _steps(self, start: int, state: State, frozen: Params, first, step_fn, terminated):
+        """Take steps until the end or until `terminated`, and save.
+
+        Returns:
+            The state, the last step and its metrics, which are not reported yet.
+        """
+        config, pending, (batch, index) = self.config, (), first
         for step in range(start + 1, config.steps + 1):
             state, metrics = step_fn(state, frozen, batch)
-            last = terminated(step) or step == config.steps
+            now, last = (step, metrics, index), terminated(step) or step == config.steps
             # Save before the next batch is taken: state and iterator must agree.
-            if last or step % config.save_every == 0:
+            if not last and step % config.save_every == 0:
                 self._save(step, state, metrics)
             self.checkpoints.check()
             if not last:
-                with self.clock.waiting():
-                    batch = next(self.iterator)
-                batch = self._put(batch)
+                batch, index = self._next()
             # The device works on this step while the host reads the one before.
             if pending:
-                self._finish(*pending)
-            pending = step, metrics
+                self._report(pending[0], self._read(*pending))
+            pending = now
             if last:
+                values = self._read(*now)
+                self._save(step, state, metrics, last=True)
                 break
             if config.eval_every and step % config.eval_every == 0:
-                self._finish(*pending, functools.partial(self._observe, step, state, frozen))
+                observe = functools.partial(self._observe, step, state, frozen)
+                self._report(step, self._read(*now), observe)
                 pending = ()
-        return state, pending
+        return state, step, values
+
+    def _next(self) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """The next batch on the devices, and where its examples of this process come from."""
+        with self.clock.waiting():
+            batch = next(self.iterator)
+        return self._put(batch), batch["index"]
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return sharding.put_batch(batch, self.mesh, self.config.accumulate)
 
-    def _save(self, step: int, state: State, metrics: Mapping[str, jax.Array]) -> None:
-        _require_finite(step, jax.device_get(metrics))
+    def _roll_back(self, error: Diverged, shapes: State, shardings: State) -> tuple[int, State]:
+        """The newest checkpoint, to go on from with the data that come next.
+
+        Raises:
+            UserError: there is none.
+        """
+        self.checkpoints.wait()
+        step = self.checkpoints.latest_step()
+        if step is None:
+            raise nowhere_to_go(error)
+        logging.warning("%s: back to step %d, with the data that come next.", error, step)
+        position = self.iterator.get_state()
+        with jax.transfer_guard("allow"):
+            state = self.checkpoints.restore(step, shapes, shardings, self.iterator)
+        self.iterator.set_state(position)
+        self.writer.go_back(step)
+        self.bar.reset()
+        self.bar.update(step)
+        self.clock.start()
+        return step, state
+
+    def _save(
+        self, step: int, state: State, metrics: Mapping[str, jax.Array], *, last: bool = False
+    ) -> None:
+        if not_finite(jax.device_get(metrics)) and not last:
+            return  # a checkpoint is what to go back to
         with jax.transfer_guard("allow"):
             self.checkpoints.save(step, state, self.iterator)
 
-    def _finish(
-        self,
-        step: int,
-        metrics: Mapping[str, jax.Array],
-        observe: Callable[[], Mapping[str, float]] | None = None,
-    ) -> None:
-        """Wait for a step's metrics, check and report them, with those `observe` finds."""
+    def _read(
+        self, step: int, metrics: Mapping[str, jax.Array], index: np.ndarray
+    ) -> dict[str, float]:
+        """Wait for a step's metrics and check them.
+
+        Raises:
+            Diverged: too many steps were not finite.
+        """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.clock.tick()
+        self.recovery.look(step, values, index)
+        return values
+
+    def _report(
+        self,
+        step: int,
+        values: dict[str, float],
+        observe: Callable[[], Mapping[str, float]] | None = None,
+    ) -> None:
+        """Report a step's metrics, with those `observe` finds."""
         self.bar.update()
-        _require_finite(step, values)
         if step % self.config.log_every and observe is None:
             return
         values |= self.clock.read()
@@ -257,6 +310,8 @@ class _Loop:
             logging.warning(_KEEP_UP, 100 * values["input_wait"])
         if skipped := sum(self.iterator.skipped.values()):
             values["skipped_examples"] = skipped
+        if self.recovery.skipped:
+            values["skipped_steps"] = self.recovery.skipped
         summary = (
             f"loss {values['loss']:.4f}, {values['images_per_second']:.1f} img/s, "
             f"{values['step_seconds'] * 1e3:.0f} ms/step"
@@ -275,16 +330,6 @@ class _Loop:
         weights = merge_params(frozen, state.get("ema", state["params"]))
         with jax.transfer_guard("allow"):
             return self.observe(step, weights, self.writer)
-
-
-def _require_finite(step: int, metrics: Mapping[str, Any]) -> None:
-    # A finite gradient leaves the weights finite, so that none are saved that are not.
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(metrics[name]):
-            raise UserError(
-                f"the {name} is not finite at step {step}: start anew in another --workdir with a "
-                "lower config.optimizer.learning_rate or with config.optimizer.clip_norm=1."
-            )
 
 
 def _describe_batch(batch: Mapping[str, Shaped[np.ndarray, "b ..."]]) -> None:

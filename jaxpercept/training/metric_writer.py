@@ -28,9 +28,18 @@ class MetricWriter:
         if self._active:
             self._workdir, self._pictures = workdir, workdir / "pictures"
             self._pictures.mkdir(parents=True, exist_ok=True)
-            _forget_after(workdir / "metrics.jsonl", start)
-            self._lines = (workdir / "metrics.jsonl").open("a", buffering=1)
-            self._board = _summary_writer()(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._open(start)
+
+    def _open(self, start: int) -> None:
+        _forget_after(self._workdir / "metrics.jsonl", start)
+        self._lines = (self._workdir / "metrics.jsonl").open("a", buffering=1)
+        self._board = _summary_writer()(str(self._workdir / "tensorboard"), purge_step=start + 1)
+
+    def go_back(self, step: int) -> None:
+        """Forget what was written of later steps."""
+        if self._active:
+            self.close()
+            self._open(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One JSON line, and one TensorBoard point a value. Values that are not finite are null."""

@@ -53,7 +53,8 @@ def make_train_step(
         ema_decay: decay of the averaged weights; 0 keeps none.
 
     The frozen weights are arguments, never constants of the compiled step. The metrics are the
-    loss, its terms, the gradient's global norm and the learning rate.
+    loss, its terms, the gradient's global norm and the learning rate. Gradients that are not finite
+    are left out, see `_finite`; the metrics then say so.
     """
 
     def gradients(params: Params, frozen: Params, batch: dict[str, Array], key: Array):
@@ -78,6 +79,8 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         compute = gradients if accumulate == 1 else accumulated
         grads, metrics = compute(state["params"], frozen, batch, key)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        grads = _finite(grads, metrics["loss"])
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
@@ -87,8 +90,21 @@ def make_train_step(
             new["ema"] = jax.tree.map(
                 lambda old, now: old + (1.0 - decay) * (now - old), state["ema"], params
             )
-        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = jnp.asarray(schedule(state["step"]), jnp.float32)
         return new, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
+
+
+def _finite(grads: Params, loss: Float[Array, ""]) -> Params:
+    """Zeros for each gradient that is not finite, and for all where the loss is not.
+
+    Leaf by leaf, so that XLA can free each gradient once it is used: to wait for all of them
+    would hold as much memory as the weights take.
+    """
+
+    def checked(grad: Array) -> Array:
+        finite = jnp.isfinite(loss) & jnp.isfinite(jnp.sum(jnp.square(grad)))
+        return jnp.where(finite, grad, jnp.zeros_like(grad))
+
+    return jax.tree.map(checked, grads)

@@ -51,6 +51,8 @@ def base_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.mixture = ConfigDict({"scenes": 1.0})  # dataset name -> probability
     c.data.num_workers = 0  # processes that decode; 0 decodes in threads
+    # Seconds after which data workers that deliver nothing are replaced; 0: never.
+    c.data.timeout = 600.0
     # dataset name -> its own options, e.g. {"folder": {"data_dir": "...", "depth_scale": 256.0}}
     c.data.options = ConfigDict()
     c.data.augment = ConfigDict(dataclasses.asdict(Augment()))
@@ -116,7 +118,16 @@ def check_config(c: Any, batch_devices: int) -> None:
         UserError: one sentence naming the key and the remedy.
     """
     _at_least(c, 1, "steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
-    _at_least(c, 0, "eval_every", "seed", "data.num_workers", "recover.skips", "recover.rollbacks")
+    _at_least(
+        c,
+        0,
+        "eval_every",
+        "seed",
+        "data.num_workers",
+        "data.timeout",
+        "recover.skips",
+        "recover.rollbacks",
+    )
     _at_least(c, 0, "evaluation.limit", "evaluation.pad_multiple")
     _at_least(c, 1, "evaluation.batch_size", "optimizer.decay_steps")
     _at_least(c, 0, "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm")

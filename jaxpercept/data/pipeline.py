@@ -36,12 +36,16 @@ from jaxpercept.data.stages import (
     prefetched,
 )
 from jaxpercept.data.transforms import Augment
+from jaxpercept.data.watchdog import Watchdog, WorkersFailed
 from jaxpercept.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 DEPTH_FIELDS = ("rgb", "depth", "valid", "depth_range", "index")
 TEXT_FIELDS = ("rgb", "input_ids", "index")
+
+# How often worker processes are replaced before the data are given up.
+_RESTARTS = 2
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ def make_train_dataset(
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
+    timeout: float = 0.0,
 ) -> "TrainDataset":
     """Builds the endless training dataset of this process.
 
@@ -83,6 +88,8 @@ def make_train_dataset(
         these as of any other that it has the truth of, with the instruction as caption.
       process_index, process_count: the share of this process.
       num_workers: processes that decode; 0 decodes in a thread of this process.
+      timeout: seconds after which worker processes that deliver nothing are ended and replaced; 0
+        waits for ever. Those that die are replaced in any case.
 
     Returns:
       A Grain IterDataset; its iterator has `get_state`, `set_state` and `skipped`.
@@ -145,15 +152,23 @@ def make_train_dataset(
             batch_fn=Collate(tuple(fields), tokenize),
         )
     )
-    return TrainDataset(batches, batch_size=batch_size, num_workers=num_workers)
+    return TrainDataset(batches, batch_size=batch_size, num_workers=num_workers, timeout=timeout)
 
 
 class TrainDataset(grain.IterDataset):
     """Endless batches of this process's share; see `make_train_dataset`."""
 
-    def __init__(self, batches: grain.MapDataset, *, batch_size: int, num_workers: int):
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        *,
+        batch_size: int,
+        num_workers: int,
+        timeout: float = 0.0,
+    ):
         super().__init__()
-        self.batches, self.batch_size, self.num_workers = batches, batch_size, num_workers
+        self.batches, self.batch_size = batches, batch_size
+        self.num_workers, self.timeout = num_workers, timeout
 
     def __iter__(self) -> "TrainIterator":
         return TrainIterator(self)
@@ -175,12 +190,12 @@ class TrainIterator(grain.DatasetIterator):
         self._dataset = dataset
         self._next_batch = 0
         self._batches: grain.DatasetIterator | None = None
+        self._watchdog: Watchdog | None = None
         self.skipped: collections.Counter[str] = collections.Counter()
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
-        self.start_prefetch()
-        batch = next(self._batches)
+        batch = self._take()
         self._next_batch += 1
         for name, reason in zip(*batch.pop("skipped"), strict=True):
             if name not in self.skipped:
@@ -188,9 +203,32 @@ class TrainIterator(grain.DatasetIterator):
             self.skipped[name] += 1
         return batch
 
+    def _take(self) -> Batch:
+        """The next batch, of other worker processes where those there were have failed.
+
+        Raises:
+          UserError: so did the others.
+        """
+        for attempt in range(1 + _RESTARTS):
+            self.start_prefetch()
+            try:
+                with self._watchdog.waiting():
+                    return next(self._batches)
+            except WorkersFailed as error:
+                failure = error
+                self._release()
+            if attempt < _RESTARTS:
+                _log.warning("The data workers failed (%s): starting others.", failure)
+        raise UserError(
+            f"The data workers failed {1 + _RESTARTS} times in a row ({failure}); give them more "
+            "memory, set config.data.num_workers=0 to see what is wrong, or raise "
+            "config.data.timeout."
+        ) from failure
+
     def start_prefetch(self) -> None:
         """Starts decoding (and the worker processes) before the first batch is asked for."""
         if self._batches is None:
+            self._watchdog = Watchdog(self._dataset.timeout if self._dataset.num_workers else 0.0)
             self._batches = iter(
                 prefetched(self._dataset.batches[self._next_batch :], self._dataset.num_workers)
             )
@@ -222,6 +260,7 @@ class TrainIterator(grain.DatasetIterator):
 
     def _release(self) -> None:
         if self._batches is not None:
+            self._watchdog.close()
             self._batches.close()
             self._batches = None
 

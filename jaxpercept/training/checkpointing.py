@@ -25,7 +25,16 @@ from jaxpercept.training.step import State
 # What may differ between a run and its continuation: how long, how often, where, and how the same
 # arithmetic is carried out. Folders of single datasets (data.options.NAME.data_dir) may, too.
 _MAY_CHANGE = (
-    *("steps", "data_dir", "mesh", "remat", "attention", "data.num_workers", "keep"),
+    *(
+        "steps",
+        "data_dir",
+        "mesh",
+        "remat",
+        "attention",
+        "data.num_workers",
+        "data.timeout",
+        "keep",
+    ),
     *("log_every", "eval_every", "save_every", "evaluation", "recover"),
 )
 

@@ -118,6 +118,7 @@ def _dataset(config: Any, setup: Setup) -> TrainDataset:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_workers=config.data.num_workers,
+        timeout=float(config.data.timeout),
     )
 
 

@@ -405,6 +405,7 @@ def test_other_datasets_are_not_taken_for_it(tmp_path, rng):
         ({"shard_size": 0}, "shard_size must be at least 1"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"limit": -1}, "limit must not be negative"),
+        ({"dataset": "scenes"}, "say with --limit how many"),
         ({"splits": "test"}, "no split 'test'"),
         ({"targets": "depths"}, "Unknown target 'depths'"),
         ({"options": "crop"}, "no KEY=VALUE"),

@@ -118,6 +118,8 @@ def prepare(
     if dataset not in DATASETS:
         raise UserError(f"Unknown dataset {dataset!r}; known are {', '.join(sorted(DATASETS))}.")
     row, options = DATASETS[dataset], dict(options or {})
+    if not (row.needs_data_dir or limit):
+        raise UserError(f"The scenes of {dataset} have no end; say with --limit how many you want.")
     name = tfds_name(name or dataset)
     opened = _open_all(row, source, splits, targets, options, resolution)
     folder = Path(target) / name / version

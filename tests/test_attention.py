@@ -41,7 +41,7 @@ def test_chunked_is_full_attention(rng, monkeypatch, tq, tk, limit, is_causal):
     q, k, v = qkv(rng, tq=tq, tk=tk)
     got = dot_product_attention(q, k, v, implementation="chunked", is_causal=is_causal)
     want = dot_product_attention(q, k, v, implementation="xla", is_causal=is_causal)
-    assert max_abs(got, want) <= 1e-6
+    assert max_abs(got, want) <= 1e-5
 
 
 # All at once; a head at a time; a head and five queries at a time.

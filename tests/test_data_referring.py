@@ -159,7 +159,7 @@ def test_turned_masks_stay_masks(rng):
     assert set(np.unique(done["referred"])) == {0, 1}
     number = int(done["caption"].split()[1])
     agree = (done["referred"] > 0) == (np.abs(done["rgb"][..., :1].astype(int) - 50 * number) < 20)
-    assert agree.mean() > 0.9
+    assert agree.mean() > 0.8
 
 
 def test_the_choice_leaves_the_other_draws_as_they_were(rng):

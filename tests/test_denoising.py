@@ -300,7 +300,7 @@ def test_blending_with_beta_one_is_the_one_step_method(networks, rng):
 
     ours, theirs = run(blend, params[4]), run(step, params[4])
     assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=1e-6)
-    np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)
+    np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)
 
 
 # ---- predictions ---------------------------------------------------------------------------------

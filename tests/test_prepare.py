@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -279,8 +278,10 @@ def test_only_what_is_missing_is_written_again(tmp_path, rng, monkeypatch):
         prepare(*arguments, targets=[])
 
 
+# What is started in the background of a shell ignores SIGINT.
 _SLOW = """
-import sys, time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from jaxpercept.preparation import shards
 from jaxpercept import cli, prepare
 check = shards.check
@@ -311,15 +312,23 @@ def test_a_killed_preparation_goes_on(tmp_path, rng, kill):
     assert_same_records(open_dataset("folder", data_dir=to), raw)
 
 
+_SMALL_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))
+from jaxpercept import cli, prepare
+cli.run(prepare.main, required=prepare.REQUIRED, flag_values=prepare.FLAGS)
+"""
+
+
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, rng):
     folder_of(tmp_path / "raw", rng, count=4, size=(120, 160))
     to = tmp_path / "to"
     flags = ["--dataset=folder", f"--from={tmp_path / 'raw'}", f"--to={to}", "--shard_size=2"]
     process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "jaxpercept.prepare", *flags],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000)),
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", _SMALL_FILES, *flags],
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode == 1
     assert process.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "array_record" in process.stderr

@@ -158,7 +158,7 @@ def test_the_subject_is_the_clear_foreground(subject, rng):
     assert 0.35 < np.mean(x) < 0.65
     assert np.std(x) > 0.04  # not always in the same place
     # A person may sit on a chair or stand behind a thing: the nearest in three of four scenes.
-    assert np.mean(nearest) == 1 if subject != "person" else np.mean(nearest) > 0.3
+    assert np.mean(nearest) > (0.3 if subject == "person" else 0.8)
 
 
 def test_source_passes_the_subject_on(subject, rng):

@@ -393,12 +393,24 @@ def test_the_row_may_still_be_changed(tmp_path, rng):
         assert_same_records(open_dataset("folder", data_dir=tmp_path / "to", **changes), expected)
 
 
+def test_the_newest_version_is_read(tmp_path, rng):
+    raw = folder_of(tmp_path / "raw", rng)
+    for limit, version in enumerate(("1.9.0", "1.10.0", "1.2.0"), start=2):
+        prepare("folder", raw, tmp_path / "to", limit=limit, version=version)
+    assert len(open_dataset("folder", data_dir=tmp_path / "to")) == 3
+    assert len(open_dataset("folder", data_dir=tmp_path / "to/folder/1.2.0")) == 4
+
+
 def test_other_datasets_are_not_taken_for_it(tmp_path, rng):
     folder = prepare("folder", folder_of(tmp_path / "raw", rng, count=2), tmp_path / "to")
     with pytest.raises(UserError, match="holds folder, prepared, not nyuv2"):
         open_dataset("nyuv2", data_dir=folder)
     header = json.loads((folder / "metadata.json").read_text())
     (folder / "metadata.json").write_text(json.dumps(header | {"format": "jaxpercept 99"}))
+    with pytest.raises(UserError, match="not written by this version"):
+        open_dataset("folder", data_dir=folder)
+    del header["row"]
+    (folder / "metadata.json").write_text(json.dumps(header))
     with pytest.raises(UserError, match="not written by this version"):
         open_dataset("folder", data_dir=folder)
     (folder / "metadata.json").write_text("{")

@@ -159,6 +159,8 @@ def test_what_a_run_writes(eight):
     assert facts["compile_seconds"] > 0
     assert facts["flops"] > 1e6
     assert facts["temporary_bytes"] > 0
+    # Gradients are summed over the two copies of the batch's halves, whatever else is sent.
+    assert facts["sent_bytes"]["all-reduce"] > 0
     size = sum(x.size for x in jax.tree.leaves(eight.state["params"]))
     assert facts["trained_weights"] == size
     for line in tiny_run.metrics(eight.workdir):

@@ -12,6 +12,7 @@ import copy
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from jaxpercept.errors import UserError
 HEADER = "metadata.json"  # TFDS's name for a dataset's own metadata
 PROGRESS = "progress"
 FORMAT = "jaxpercept 1"
+
+_REQUIRED = {"dataset", "targets", "fields", "row", "splits"}
 
 # What of an example belongs to a target.
 _OF_TARGET = {
@@ -53,7 +56,8 @@ def find(data_dir: str | Path | None, name: str) -> Path | None:
     versions = [folder]
     for parent in (folder, folder / tfds_name(name)):
         if parent.is_dir():
-            versions += sorted(parent.glob("[0-9]*.[0-9]*.[0-9]*"), reverse=True)
+            numbered = parent.glob("[0-9]*.[0-9]*.[0-9]*")
+            versions += sorted(numbered, key=_numbers, reverse=True)
     for version in versions:
         if (version / HEADER).is_file() and (version / "features.json").is_file():
             return version
@@ -63,6 +67,10 @@ def find(data_dir: str | Path | None, name: str) -> Path | None:
                 "same flags, it goes on where it was stopped."
             )
     return None
+
+
+def _numbers(version: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.name)]
 
 
 def tfds_name(name: str) -> str:
@@ -92,7 +100,8 @@ def read_header(folder: Path) -> dict[str, Any]:
         header = json.loads((folder / HEADER).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / HEADER} cannot be read ({error}); prepare it again.") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    known = isinstance(header, dict) and header.get("format") == FORMAT
+    if not known or not header.keys() >= _REQUIRED:
         raise UserError(
             f"{folder} was not written by this version of jaxpercept.prepare; prepare it again, or "
             "read it with the dataset tfds."

@@ -201,7 +201,6 @@ STORAGES: dict[str, Storage] = {
 # What a field may be stored as, the smallest first.
 _OF_FIELD = {
     "name": ("text",),
-    "source_sha256": ("text",),
     "rgb": ("rgb",),
     "depth": ("whole16", "float32"),
     "normals": ("vectors32",),

@@ -11,6 +11,8 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from jaxpercept.training.communication import sent_by_kind
+
 # Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
 _PEAK = {
     "H100": 989e12,
@@ -37,6 +39,7 @@ def compile_step(step_fn: Any, state: Any, frozen: Any, batch: Any, mesh: Mesh, 
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * accumulate
     memory = compiled.memory_analysis()
     trained = sum(x.size for x in jax.tree.leaves(state["params"]))
+    sent = sent_by_kind(compiled.as_text(), mesh.size) if mesh.size > 1 else {}
     facts = {
         "device_kind": mesh.devices.flat[0].device_kind,
         "devices": int(mesh.size),
@@ -46,6 +49,7 @@ def compile_step(step_fn: Any, state: Any, frozen: Any, batch: Any, mesh: Mesh, 
         "flops": flops,
         "temporary_bytes": getattr(memory, "temp_size_in_bytes", 0),
         "argument_bytes": getattr(memory, "argument_size_in_bytes", 0),
+        "sent_bytes": sent,
         "trained_weights": trained,
         "all_weights": trained + sum(x.size for x in jax.tree.leaves(frozen)),
     }
@@ -58,6 +62,12 @@ def compile_step(step_fn: Any, state: Any, frozen: Any, batch: Any, mesh: Mesh, 
         facts["flops"] / 1e9,
         facts["temporary_bytes"] / 1e6,
     )
+    if sent:
+        logging.info(
+            "each device sends %.1f MB a step: %s",
+            sum(sent.values()) / 1e6,
+            ", ".join(f"{size / 1e6:.1f} MB {kind}" for kind, size in sent.items()),
+        )
     return compiled, facts
 
 

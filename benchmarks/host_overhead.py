@@ -110,7 +110,7 @@ def make_config(args: argparse.Namespace, folder: Path) -> ConfigDict:
 
 def read_batches(config: ConfigDict, count: int = 4) -> list[dict[str, np.ndarray]]:
     """Batches as the loop gets them from Grain."""
-    iterator = iter(loop._dataset(config, set_up(config)))
+    iterator = iter(loop.open_data(config, set_up(config)))
     try:
         return [next(iterator) for _ in range(count)]
     finally:

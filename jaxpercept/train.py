@@ -3,6 +3,8 @@
     python -m jaxpercept.train --config=configs/depth.py
     python -m jaxpercept.train --config=configs/depth.py:nyuv2 --config.data_dir=DIR
     python -m jaxpercept.train --config=configs/depth.py --workdir=runs/mine --config.steps=500
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=16 python -m jaxpercept.train --config=configs/depth.py \
+        --config.mesh.fsdp=16 --dry_run
 
 The part after the colon names a preset; `--config.KEY=VALUE` changes any key of the config. The
 same command again continues the run in its workdir, also after a crash. Several hosts (TPU pods,
@@ -24,6 +26,7 @@ from ml_collections import config_flags
 from jaxpercept import cli
 from jaxpercept.inference.observers import evaluation_observer, picture_observer
 from jaxpercept.methods import PERCEPTION
+from jaxpercept.training.dry_run import dry_run, report
 from jaxpercept.training.loop import Interrupted, Observer, train
 
 FLAGS = flags.FlagValues()
@@ -34,6 +37,13 @@ flags.DEFINE_string(
     "workdir",
     None,
     "Where the run lives; default: runs/FILE[-PRESET]. Continued if it exists.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_boolean(
+    "dry_run",
+    False,
+    "Compile the step, say what memory it needs and what it sends, and stop. With "
+    "JAX_NUM_CPU_DEVICES=N and JAX_PLATFORMS=cpu: for N devices that are not there.",
     flag_values=FLAGS,
 )
 OWN_FLAGS = tuple(FLAGS)
@@ -57,6 +67,9 @@ def main() -> int:
     cli.initialize_distributed()
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(name)
     logging.info("%d device(s): %s", jax.device_count(), jax.devices()[0].device_kind)
+    if FLAGS.dry_run:
+        print(report(dry_run(config)))
+        return 0
     observer: Callable[..., Observer] | None = picture_observer
     if config.method.name in PERCEPTION:
         observer = functools.partial(evaluation_observer, workdir=workdir)

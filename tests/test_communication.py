@@ -72,7 +72,8 @@ def test_one_device_sends_nothing():
     ("line", "expected"),
     [
         (
-            "  %ar = (f32[8,4]{1,0}, bf16[16]{0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}",
+            "  %ar = (f32[8,4]{1,0}, /*index=1*/bf16[16]{0}) all-reduce(%a, %b), "
+            "replica_groups={{0,1},{2,3}}",
             Collective("all-reduce", 8 * 4 * 4 + 32, 2),
         ),
         (

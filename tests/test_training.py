@@ -127,7 +127,7 @@ def test_what_eight_devices_saved_is_restored_on_fewer(eight, devices):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices], fsdp=devices)
     shardings = sharding.tree_shardings(eight.state, mesh)
     abstract = jax.eval_shape(lambda: eight.state)
-    iterator = iter(loop._dataset(eight.config, loop.set_up(eight.config)))
+    iterator = iter(loop.open_data(eight.config, loop.set_up(eight.config)))
     checkpoints = Checkpoints(eight.workdir, keep=2)
     restored = checkpoints.restore(STEPS, abstract, shardings, iterator)
     checkpoints.close()

@@ -12,6 +12,7 @@ _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collectiv
 _OPERATION = re.compile(
     rf"= (?P<type>\(?[a-z][^=]*?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\("
 )
+_COMMENT = re.compile(r"/\*.*?\*/")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLS = re.compile(r"(?:calls|to_apply|branch_computations)=\{?(%?[\w.\-]+(?:, ?%?[\w.\-]+)*)")
@@ -84,6 +85,7 @@ def _lines(program: str) -> Iterator[tuple[str, str]]:
     """(name of the computation, line)."""
     computation = ""
     for line in program.splitlines():
+        line = _COMMENT.sub("", line)  # long tuples have their places in comments
         match = _COMPUTATION.match(line)
         if match is not None:
             computation = match[1]

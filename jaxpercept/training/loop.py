@@ -66,7 +66,7 @@ def train(
     mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
     check_config(config, sharding.batch_devices(mesh))
     setup = set_up(config, workdir)
-    iterator = iter(_dataset(config, setup))
+    iterator = iter(open_data(config, setup))
     checkpoints = Checkpoints(workdir, keep=config.keep)
     try:
         start = checkpoints.latest_step()
@@ -100,7 +100,8 @@ def train(
         checkpoints.close()
 
 
-def _dataset(config: Any, setup: Setup) -> TrainDataset:
+def open_data(config: Any, setup: Setup) -> TrainDataset:
+    """This process's share of the data of a run."""
     task = getattr(setup.method, "task", None)
     return make_train_dataset(
         [

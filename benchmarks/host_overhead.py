@@ -99,6 +99,7 @@ def make_config(args: argparse.Namespace, folder: Path) -> ConfigDict:
     c = base_config()
     c.resolution, c.batch_size, c.steps = SIZE, args.batch, args.steps
     c.random_init = ("unet", "vae")
+    c.trainable = ("unet/", "vae/quant_conv")  # what is random may not all be frozen
     c.architecture = {"unet": UNET, "vae": VAE}
     c.data.mixture = {"folder": 1.0}
     c.data.options = {"folder": {"data_dir": str(folder), "depth_scale": 1000.0}}

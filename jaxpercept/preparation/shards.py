@@ -159,7 +159,7 @@ def serialize(plan: Plan, example: Example, index: int) -> bytes:
     """
     stored = {}
     for field, name in plan.storages.items():
-        value, storage = example[field], STORAGES[name]
+        value, storage = example.get(field), STORAGES[name]
         if not storage.fits(value):
             raise UserError(
                 f"{field} of {example['name']} does not fit the storage {name} that others have; "

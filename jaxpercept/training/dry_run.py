@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 from jaxpercept.config import check_config
 from jaxpercept.training import sharding
 from jaxpercept.training.clock import compile_step
-from jaxpercept.training.loop import open_data
+from jaxpercept.training.loop import make_step, open_data
 from jaxpercept.training.optim import make_optimizer
 from jaxpercept.training.setup import initial_weights, set_up
-from jaxpercept.training.step import init_state, make_train_step
+from jaxpercept.training.step import init_state
 
 
 def dry_run(config: Any, *, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -45,16 +45,7 @@ def dry_run(config: Any, *, mesh: Mesh | None = None) -> dict[str, Any]:
     shardings = sharding.tree_shardings(shapes, mesh)
     state = _placed(shapes, shardings)
     frozen = _placed(frozen, sharding.tree_shardings(frozen, mesh))
-    step_fn = make_train_step(
-        setup.method.loss,
-        optimizer,
-        mesh=mesh,
-        state_sharding=shardings,
-        schedule=schedule,
-        seed=config.seed,
-        accumulate=config.accumulate,
-        ema_decay=config.ema_decay,
-    )
+    step_fn = make_step(config, setup, optimizer, schedule, mesh, shardings)
     placed = _batch(batch, mesh, config.accumulate)
     _, facts = compile_step(step_fn, state, frozen, placed, mesh, config.accumulate)
     held = {

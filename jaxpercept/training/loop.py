@@ -79,16 +79,7 @@ def train(
         write_description(workdir, setup.description, setup.tokenizer_dir)
         state, shardings = _place(config, trained, optimizer, mesh, checkpoints, start, iterator)
         frozen = sharding.put_tree(frozen, sharding.tree_shardings(frozen, mesh))
-        step_fn = make_train_step(
-            setup.method.loss,
-            optimizer,
-            mesh=mesh,
-            state_sharding=shardings,
-            schedule=schedule,
-            seed=config.seed,
-            accumulate=config.accumulate,
-            ema_decay=config.ema_decay,
-        )
+        step_fn = make_step(config, setup, optimizer, schedule, mesh, shardings)
         writer = MetricWriter(workdir, start or 0)
         try:
             loop = _Loop(config, mesh, step_fn, iterator, checkpoints, writer, observe)
@@ -98,6 +89,27 @@ def train(
     finally:
         iterator.close()
         checkpoints.close()
+
+
+def make_step(
+    config: Any,
+    setup: Setup,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    shardings: State,
+) -> Callable[..., Any]:
+    """The train step of a config."""
+    return make_train_step(
+        setup.method.loss,
+        optimizer,
+        mesh=mesh,
+        state_sharding=shardings,
+        schedule=schedule,
+        seed=config.seed,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+    )
 
 
 def open_data(config: Any, setup: Setup) -> TrainDataset:

@@ -76,7 +76,8 @@ def base_config() -> ConfigDict:
     c.frozen_dtype = "float32"  # how frozen weights are kept on the device
     c.remat = "none"  # or "block": recompute each block's activations, for memory
     c.attention = "auto"  # or "xla", "cudnn", "chunked"
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    # Sizes of the axes, or a preset: "ddp", "fsdp", "fsdp_tensor", "hybrid"; see docs/scaling.md.
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "preset": ""})
 
     c.log_every = 50
     c.save_every = 1000

@@ -97,7 +97,7 @@ def runs(tmp_path_factory):
 
 
 def test_two_processes_give_the_loss_curve_of_one(runs):
-    facts = json.loads((runs / "two" / "run.json").read_text())
+    facts = tiny_run.facts(runs / "two")
     assert (facts["processes"], facts["devices"]) == (2, 2)
     for name in ("loss", "latent_mse", "grad_norm"):
         expected = tiny_run.curve(runs / "one", name)

@@ -187,3 +187,64 @@ def test_a_mesh_of_some_devices():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
     assert {device.id for device in mesh.devices.flat} == {2, 3, 4, 5}
     assert sharding.batch_devices(mesh) == 4
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [("ddp", (8, 1, 1)), ("fsdp", (1, 8, 1)), ("fsdp_tensor", (1, 4, 2)), ("hybrid", (1, 8, 1))],
+)
+def test_presets(preset, sizes):
+    assert tuple(sharding.make_mesh(**base_config().mesh, devices=None).shape.values()) == (8, 1, 1)
+    assert tuple(sharding.make_mesh(preset=preset).shape.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"preset": "zero"}, "is none of ddp, fsdp, fsdp_tensor, hybrid"),
+        ({"preset": "fsdp", "tensor": 2}, "sets the sizes of the axes"),
+        ({"preset": "fsdp_tensor", "devices": 3}, "does not fit 3 device"),
+    ],
+)
+def test_a_preset_that_does_not_fit_is_refused(arguments, words):
+    devices = jax.devices()[: arguments.pop("devices", 8)]
+    with pytest.raises(UserError, match=words):
+        sharding.make_mesh(**arguments, devices=devices)
+
+
+class SomeChip:
+    """What meshes are made of, with a slice or a host that no CPU has."""
+
+    platform, device_kind = "cpu", "cpu"
+
+    def __init__(self, id, slice_index=0, process_index=0):
+        self.id, self.slice_index, self.process_index = id, slice_index, process_index
+
+
+@pytest.mark.parametrize("attribute", ["slice_index", "process_index"])
+def test_hybrid_keeps_weights_within_a_slice_or_else_a_host(attribute):
+    rng = np.random.default_rng()
+    # The devices of two groups come in any order.
+    chips = [SomeChip(i, **{attribute: i % 2}) for i in rng.permutation(8)]
+    if attribute == "process_index":
+        chips.sort(key=lambda chip: chip.process_index)  # as jax.devices() has them
+    sizes = sharding._preset("hybrid", {"data": -1, "fsdp": 1, "tensor": 1}, chips)
+    assert sizes == {"data": 2, "fsdp": -1, "tensor": 1}
+    mesh = sharding._arranged(chips, (2, 4, 1))
+    groups = [{getattr(chip, attribute) for chip in row.ravel()} for row in mesh]
+    assert groups == [{0}, {1}]
+    assert {chip.id for chip in mesh.ravel()} == set(range(8))
+
+
+def test_only_the_batch_is_split_between_slices():
+    chips = [SomeChip(i, slice_index=i // 4) for i in range(8)]
+    for sizes in ((8, 1, 1), (4, 1, 2), (2, 2, 2)):
+        mesh = sharding._arranged(chips, sizes)
+        assert mesh.shape == sizes
+        assert [chip.slice_index for chip in mesh[:, 0, 0]] == sorted(
+            chip.slice_index for chip in mesh[:, 0, 0]
+        )
+        for row in mesh:
+            assert len({chip.slice_index for chip in row.ravel()}) == 1
+    with pytest.raises(UserError, match=r"data=1 is not a multiple of the 2 slices.*hybrid"):
+        sharding._arranged(chips, (1, 8, 1))

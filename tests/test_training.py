@@ -154,7 +154,7 @@ def test_what_a_run_writes(eight):
     assert names >= {"jaxpercept.json", "checkpoints", "frozen", "metrics.jsonl", "run.json"}
     # Saves are due after 8, 16 and 20 steps; two are kept.
     assert {path.name for path in (eight.workdir / "checkpoints").iterdir()} == {"16", "20"}
-    facts = json.loads((eight.workdir / "run.json").read_text())
+    facts = tiny_run.facts(eight.workdir)
     assert facts["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
     assert facts["compile_seconds"] > 0
     assert facts["flops"] > 1e6
@@ -188,7 +188,7 @@ def test_data_that_do_not_keep_up_are_told_of_once(base, tmp_path, caplog, monke
 
 def test_flops_count_every_micro_batch(one, eight):
     """Per device: an eighth of what one device does, but for what every device repeats."""
-    per_step = [json.loads((run.workdir / "run.json").read_text())["flops"] for run in (one, eight)]
+    per_step = [tiny_run.facts(run.workdir)["flops"] for run in (one, eight)]
     assert 4 < per_step[0] / per_step[1] < 8.5
 
 

@@ -105,6 +105,11 @@ def metrics(workdir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def facts(workdir: Path) -> dict[str, Any]:
+    """What run.json holds."""
+    return json.loads((workdir / "run.json").read_text())
+
+
 def curve(workdir: Path, name: str = "loss") -> np.ndarray:
     """One metric, step by step from the first."""
     lines = metrics(workdir)

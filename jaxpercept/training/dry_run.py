@@ -68,29 +68,23 @@ def held_bytes(tree: Any) -> int:
     )
 
 
-def expected_sent(params: Any, mesh: Mesh, accumulate: int = 1) -> float:
-    """Bytes that each device has to send in a step for its trained weights.
+def expected_sent(params: Any, mesh: Mesh, accumulate: int = 1) -> dict[str, float]:
+    """Bytes that each device has to send in a step for its trained weights, by the mesh's axis.
 
-    Every gradient is summed over the devices that split the batch, and every weight that is split
-    over `fsdp` is gathered once for each micro-batch. What frozen weights that are split and the
-    activations of tensor parallelism add is not in it, nor what XLA gathers twice.
+    Every gradient is summed over the devices that split the batch: scattered over `fsdp`, summed
+    over `data`, a share each, and gathered over `fsdp`; where the weights are split it is they that
+    are gathered, once for each micro-batch. What frozen weights that are split and the activations
+    of tensor parallelism add is not in it, nor what XLA gathers twice.
     """
-    ways, fsdp = sharding.batch_devices(mesh), mesh.shape["fsdp"]
-    total = 0.0
-    for x in jax.tree.leaves(params):
-        whole = x.size * x.dtype.itemsize
-        split = {axis for axis in x.sharding.spec if axis}
-        if "tensor" in split:
-            whole //= mesh.shape["tensor"]
-        if "fsdp" not in split:
-            total += accumulate * 2 * (ways - 1) / ways * whole
-            continue
-        data = ways // fsdp
-        gathered = (fsdp - 1) / fsdp * whole
-        # Scattered over fsdp, then summed over data, a shard each.
-        reduced = (fsdp - 1) / fsdp * whole + 2 * (data - 1) / data * whole / fsdp
-        total += accumulate * (gathered + reduced)
-    return total
+    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    held = sum(
+        x.size * x.dtype.itemsize // (tensor if "tensor" in x.sharding.spec else 1)
+        for x in jax.tree.leaves(params)
+    )
+    return {
+        "fsdp": accumulate * held * 2 * (fsdp - 1) / fsdp,
+        "data": accumulate * held * 2 * (data - 1) / data / fsdp,
+    }
 
 
 def report(facts: dict[str, Any]) -> str:
@@ -102,7 +96,9 @@ def report(facts: dict[str, Any]) -> str:
     rows.append(("sent by a device in a step", "MB"))
     rows += [(f"  {kind}", f"{size / 1e6:,.1f}") for kind, size in facts["sent_bytes"].items()]
     rows.append(("  all", f"{sum(facts['sent_bytes'].values()) / 1e6:,.1f}"))
-    rows.append(("  at least, for the weights", f"{facts['expected_sent_bytes'] / 1e6:,.1f}"))
+    expected = facts["expected_sent_bytes"]
+    rows.append(("  at least, for the weights", f"{sum(expected.values()) / 1e6:,.1f}"))
+    rows += [(f"    over {axis}", f"{size / 1e6:,.1f}") for axis, size in expected.items() if size]
     width = max(len(name) for name, _ in rows)
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
     lines = [f"{facts['devices']} x {facts['device_kind']} ({mesh})"]

@@ -3,6 +3,7 @@
 The mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` also splits every large
 weight and its optimizer moments; `tensor` splits attention heads and feed-forward widths, the
 column-then-row pattern of Megatron-LM (arXiv 1909.08053), which needs no extra layout change.
+Between TPU slices only `data` reaches: they talk over the data centre's network.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Shaped
@@ -32,10 +34,21 @@ _TENSOR_RULES: tuple[tuple[str, int], ...] = (
 _MIN_FSDP_SIZE = 2**14
 
 
+# The sizes of (data, fsdp, tensor) by name; -1: whatever is left. "hybrid" splits the weights
+# within a slice (of one slice or none, within a host), and each has them all.
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "ddp": (-1, 1, 1),
+    "fsdp": (1, -1, 1),
+    "fsdp_tensor": (1, -1, 2),
+    "hybrid": (0, -1, 1),  # 0: as many as there are slices or hosts
+}
+
+
 def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    preset: str = "",
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
@@ -43,32 +56,78 @@ def make_mesh(
 
     Args:
         data, fsdp, tensor: the sizes of the axes.
+        preset: one of `PRESETS` instead of sizes.
         devices: None for all devices of all processes.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices, or `tensor` would split an
-            example between processes, which each read examples of their own.
+        UserError: the sizes do not multiply to the number of devices, `tensor` would split an
+            example between processes, which each read examples of their own, or `fsdp` or `tensor`
+            would reach from one slice into another.
     """
+    devices = jax.devices() if devices is None else devices
+    named = f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor}"
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    count = jax.device_count() if devices is None else len(devices)
+    if preset:
+        named = f"config.mesh.preset={preset}"
+        sizes = _preset(preset, sizes, devices)
+    count = len(devices)
     free = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) == 1 and known > 0 and count % known == 0:
         sizes[free[0]] = count // known
     if any(size < 1 for size in sizes.values()) or int(np.prod(list(sizes.values()))) != count:
         raise UserError(
-            f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} "
-            "device(s): make the sizes multiply to that number, or leave one of them -1."
+            f"{named} does not fit {count} device(s): make the sizes multiply to that number, or "
+            "leave one of them -1."
         )
     if jax.process_count() > 1 and jax.local_device_count() % sizes["tensor"]:
         raise UserError(
             f"config.mesh.tensor={sizes['tensor']} does not divide the "
             f"{jax.local_device_count()} device(s) of a process: use a divisor."
         )
+    arranged = _arranged(devices, tuple(sizes.values()))
     # Explicit axes (JAX's default) refuse the reshapes around attention; Auto lets XLA place them.
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _preset(name: str, sizes: dict[str, int], devices: Sequence[Any]) -> dict[str, int]:
+    if name not in PRESETS:
+        raise UserError(f"config.mesh.preset {name!r} is none of {', '.join(PRESETS)}.")
+    if sizes != {"data": -1, "fsdp": 1, "tensor": 1}:
+        raise UserError(
+            f"config.mesh.preset={name} sets the sizes of the axes: leave data, fsdp and tensor as "
+            "they are, or leave the preset out."
+        )
+    islands = _groups(devices, "slice_index")
+    if islands == 1:
+        islands = _groups(devices, "process_index")
+    return dict(zip(sizes, (size or islands for size in PRESETS[name]), strict=True))
+
+
+def _groups(devices: Sequence[Any], attribute: str) -> int:
+    """Into how many groups an attribute of the devices divides them; CPUs have no slices."""
+    return len({getattr(device, attribute, 0) for device in devices})
+
+
+def _arranged(devices: Sequence[Any], sizes: tuple[int, int, int]) -> np.ndarray:
+    """The devices as [data, fsdp, tensor], neighbours of the machine beside each other.
+
+    Raises:
+        UserError: an axis other than `data` would reach from one slice into another.
+    """
+    # Two-dimensional tori have no axis of their own for each of ours.
+    split = {"allow_split_physical_axes": True}
+    slices = _groups(devices, "slice_index")
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, **split)
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise UserError(
+            f"config.mesh.data={data} is not a multiple of the {slices} slices, between which only "
+            "the batch is split: set config.mesh.preset=hybrid."
+        )
+    inner, outer = (data // slices, fsdp, tensor), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
 
 
 def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -16,6 +16,7 @@ from jaxpercept.methods import COMPONENTS
 from jaxpercept.models.attention import IMPLEMENTATIONS
 from jaxpercept.models.functional import REMATS
 from jaxpercept.training.optim import SCHEDULES
+from jaxpercept.training.trace import traced_steps
 
 
 def base_config() -> ConfigDict:
@@ -82,6 +83,8 @@ def base_config() -> ConfigDict:
     c.log_every = 50
     c.save_every = 1000
     c.keep = 2  # checkpoints kept
+    c.profile = ""  # steps to trace, such as "10:15"; see docs/reproduce.md
+    c.wandb = ""  # a project at Weights & Biases to report to as well
     # A step whose loss or gradient is not finite is left out, `skips` of them in a row; after one
     # more the run goes back to its last checkpoint and on with other data, `rollbacks` times.
     c.recover = ConfigDict({"skips": 3, "rollbacks": 1})
@@ -132,6 +135,7 @@ def check_config(c: Any, batch_devices: int) -> None:
     _at_least(c, 0, "evaluation.limit", "evaluation.pad_multiple")
     _at_least(c, 1, "evaluation.batch_size", "optimizer.decay_steps")
     _at_least(c, 0, "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm")
+    traced_steps(c.profile)
     _one_of(c, "compute_dtype", ("float32", "bfloat16"))
     _one_of(c, "frozen_dtype", ("float32", "bfloat16", "float16"))
     _one_of(c, "remat", REMATS)

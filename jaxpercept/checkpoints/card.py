@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,25 @@ _TASK_NAMES = {
 def write_card(
     folder: Path,
     description: Description,
-    params: Mapping[str, Mapping[str, Any]],
+    params: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     usage: str,
     license: str | None = None,
     workdir: Path | None = None,
     name: str | None = None,
+    more: Sequence[str] = (),
 ) -> Path:
-    """Write `README.md` into an export.
+    """Write `README.md` into an export or a training run.
 
     Args:
         folder: the export.
         description: the model.
-        params: the weights exported, which the card has hashes of.
+        params: the weights exported, which the card has hashes of; None: says nothing of them.
         usage: the lines of code that open this export.
         license: None takes that of the base checkpoint's card, where it lies on this machine.
         workdir: the training run whose evaluations the card quotes.
         name: the model's; None: the folder's.
+        more: lines to end with.
 
     Raises:
         UserError: an evaluation's report is damaged.
@@ -79,17 +81,8 @@ def write_card(
     lines.append(f"- Licence: {license or 'not stated by the base checkpoint; look it up there'}")
     lines.append(f"- Written by jaxpercept {jaxpercept.__version__}")
     lines += _training(description) + _scores(workdir)
-    lines += [
-        "",
-        "## Weights",
-        "",
-        "SHA-256 of each component: of the sorted weights' names, types,",
-    ]
-    lines += ["shapes and bytes in jaxpercept's layout, whatever the file format.", ""]
-    lines += ["| component | weights | SHA-256 |", "|---|---|---|"]
-    for component, weights in sorted(params.items()):
-        count = sum(np.size(array) for array in weights.values())
-        lines.append(f"| {component} | {count:,} | `{weights_hash(weights)}` |")
+    lines += _weights(params) if params is not None else []
+    lines += more
     path = folder / FILE_NAME
     with atomic_write(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
@@ -138,6 +131,17 @@ def _training(description: Description) -> list[str]:
     lines += ["", "<details><summary>The whole config</summary>", "", "```json"]
     lines += json.dumps(config, indent=2, sort_keys=True).splitlines()
     return [*lines, "```", "", "</details>"]
+
+
+def _weights(params: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = ["", "## Weights", ""]
+    lines.append("SHA-256 of each component: of the sorted weights' names, types,")
+    lines += ["shapes and bytes in jaxpercept's layout, whatever the file format.", ""]
+    lines += ["| component | weights | SHA-256 |", "|---|---|---|"]
+    for component, weights in sorted(params.items()):
+        count = sum(np.size(array) for array in weights.values())
+        lines.append(f"| {component} | {count:,} | `{weights_hash(weights)}` |")
+    return lines
 
 
 def _scores(workdir: Path | None) -> list[str]:

@@ -20,7 +20,7 @@ from jaxpercept.data.referring import refer
 from jaxpercept.data.row import TARGETS, Dataset
 from jaxpercept.data.rows import DATASETS
 from jaxpercept.data.rows.own import TEST_SCENES, TRAIN_SCENES
-from jaxpercept.data.sources import Example, FileSource, place_of
+from jaxpercept.data.sources import Example, FileSource, names_hash, place_of
 from jaxpercept.data.transforms import crop
 from jaxpercept.errors import UserError
 
@@ -97,6 +97,18 @@ class Records:
 
     def __getitem__(self, index: int) -> Record:
         return self.record_of(self.source[index])
+
+    def provenance(self) -> dict[str, Any]:
+        """Which examples these are, for the record: plain JSON.
+
+        Where they have names, `names_sha256` is of these, one a line and in order: the same for a
+        folder and for what was prepared of it.
+        """
+        facts = {"dataset": self.dataset.name, "split": self.split, "examples": len(self)}
+        facts["source"] = repr(self.source)
+        if hasattr(self.source, "names"):
+            facts["names_sha256"] = names_hash(self.source.names)
+        return facts
 
     def record_of(self, example: Example) -> Record:
         """The record of an example of the source.

@@ -152,7 +152,13 @@ def make_train_dataset(
             batch_fn=Collate(tuple(fields), tokenize),
         )
     )
-    return TrainDataset(batches, batch_size=batch_size, num_workers=num_workers, timeout=timeout)
+    return TrainDataset(
+        batches,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        timeout=timeout,
+        provenance=[r.provenance() for r in {r.dataset.name: r for r in records}.values()],
+    )
 
 
 class TrainDataset(grain.IterDataset):
@@ -165,10 +171,12 @@ class TrainDataset(grain.IterDataset):
         batch_size: int,
         num_workers: int,
         timeout: float = 0.0,
+        provenance: Sequence[Mapping[str, Any]] = (),
     ):
         super().__init__()
         self.batches, self.batch_size = batches, batch_size
         self.num_workers, self.timeout = num_workers, timeout
+        self.provenance = list(provenance)
 
     def __iter__(self) -> "TrainIterator":
         return TrainIterator(self)
@@ -183,11 +191,13 @@ class TrainIterator(grain.DatasetIterator):
     Attributes:
       skipped: name -> how often a record was replaced because it cannot be used; each is named
         once in the log.
+      provenance: of each dataset, see `Records.provenance`.
     """
 
     def __init__(self, dataset: TrainDataset):
         super().__init__()
         self._dataset = dataset
+        self.provenance = dataset.provenance
         self._next_batch = 0
         self._batches: grain.DatasetIterator | None = None
         self._watchdog: Watchdog | None = None

@@ -190,6 +190,9 @@ class SceneExamples:
                 scene[key] = scene[key][..., None]
         return scene
 
+    def __repr__(self) -> str:
+        return repr(self.scenes)
+
 
 class TFDSRows:
     """The rows of a prepared TensorFlow Datasets dataset, read without TensorFlow.
@@ -290,6 +293,11 @@ class TFDSSource:
 def place_of(name: str) -> float:
     """A place in [0, 1), always the same for a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
+
+
+def names_hash(names: Sequence[str]) -> str:
+    """SHA-256 of the names of examples, one a line."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def existing_folder(folder: str | Path) -> Path:

@@ -28,6 +28,7 @@ from jaxpercept.data.prepared import (
 )
 from jaxpercept.data.readers import EmptyMaskError, UnreadableFileError
 from jaxpercept.data.row import Dataset
+from jaxpercept.data.sources import names_hash
 from jaxpercept.data.storage import STORAGES, choose, features_of
 from jaxpercept.errors import UserError
 from jaxpercept.preparation.beam import run
@@ -354,7 +355,7 @@ def _finish(folder: Path, plans: Sequence[Plan], old: Mapping | None, row: Datas
             "shard_lengths": [len(summary["accepted"]) for summary in summaries[split]],
             "shard_sha256": [summary["sha256"] for summary in summaries[split]],
             "bytes": sum(summary["bytes"] for summary in summaries[split]),
-            "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+            "names_sha256": names_hash(names),
             "source_sha256": hashlib.sha256(origins.encode()).hexdigest(),
             "origin": repr(plan.records.source),
         }

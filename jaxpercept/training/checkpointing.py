@@ -35,7 +35,7 @@ _MAY_CHANGE = (
         "data.timeout",
         "keep",
     ),
-    *("log_every", "eval_every", "save_every", "evaluation", "recover"),
+    *("log_every", "eval_every", "save_every", "evaluation", "recover", "profile", "wandb"),
 )
 
 

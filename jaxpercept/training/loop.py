@@ -28,9 +28,11 @@ from jaxpercept.training.checkpointing import Checkpoints, refuse_other_run, wri
 from jaxpercept.training.clock import Clock, compile_step
 from jaxpercept.training.metric_writer import MetricWriter
 from jaxpercept.training.optim import Params, make_optimizer
+from jaxpercept.training.record import Record
 from jaxpercept.training.recovery import Diverged, Recovery, not_finite, nowhere_to_go
 from jaxpercept.training.setup import Setup, initial_weights, set_up
 from jaxpercept.training.step import State, init_state, make_train_step
+from jaxpercept.training.trace import Trace
 
 Observer = Callable[[int, Params, MetricWriter], dict[str, float]]
 """`(step, all weights, writer) -> metrics`: evaluates, or draws pictures."""
@@ -51,8 +53,8 @@ def train(
 
     Args:
         config: `jaxpercept.config.base_config()` with changes.
-        workdir: gets `jaxpercept.json`, `checkpoints/`, `frozen/`, `metrics.jsonl`, `run.json`,
-            `pictures/`, `tensorboard/`. With several hosts, a folder that all of them share.
+        workdir: gets what `training/record.py` lists. With several hosts, a folder that all of
+            them share.
         observer: builds what is called every `eval_every` steps and at the end.
         mesh: None for all devices, arranged as `config.mesh` says.
 
@@ -80,11 +82,19 @@ def train(
         state, shardings = _place(config, trained, optimizer, mesh, checkpoints, start, iterator)
         frozen = sharding.put_tree(frozen, sharding.tree_shardings(frozen, mesh))
         step_fn = make_step(config, setup, optimizer, schedule, mesh, shardings)
-        writer = MetricWriter(workdir, start or 0)
+        record = Record(workdir, setup.description, start or 0, iterator.provenance)
+        record.card()
+        writer = MetricWriter(
+            workdir, start or 0, project=config.wandb, config=setup.description.config
+        )
+        trace = Trace(config.profile, workdir)
         try:
             loop = _Loop(config, mesh, step_fn, iterator, checkpoints, writer, observe)
-            return loop.run(start or 0, state, frozen)
+            state = loop.run(start or 0, state, frozen, record, trace)
+            record.card()
+            return state
         finally:
+            trace.close()
             writer.close()
     finally:
         iterator.close()
@@ -186,7 +196,7 @@ class _Loop:
         self.checkpoints, self.writer, self.observe = checkpoints, writer, observe
         self.recovery = Recovery(**config.recover)
 
-    def run(self, start: int, state: State, frozen: Params) -> State:
+    def run(self, start: int, state: State, frozen: Params, record: Record, trace: Trace) -> State:
         """Train from step `start` to `config.steps`, then observe."""
         steps = self.config.steps
         if start >= steps:
@@ -199,7 +209,8 @@ class _Loop:
         step_fn, facts = compile_step(
             self.step_fn, state, frozen, batch, self.mesh, self.config.accumulate
         )
-        self.writer.facts(facts)
+        record.facts(facts)
+        self.trace = trace
         self.clock = Clock(self.config.batch_size, facts["flops"])
         self.warn_from = start + _WARM
         self.bar = tqdm(
@@ -235,12 +246,14 @@ class _Loop:
         """
         config, pending, (batch, index) = self.config, (), first
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_fn(state, frozen, batch)
+            with self.trace.step(step):
+                state, metrics = step_fn(state, frozen, batch)
             now, last = (step, metrics, index), terminated(step) or step == config.steps
             # Save before the next batch is taken: state and iterator must agree.
             if not last and step % config.save_every == 0:
                 self._save(step, state, metrics)
             self.checkpoints.check()
+            self.trace.done(step, metrics)
             if not last:
                 batch, index = self._next()
             # The device works on this step while the host reads the one before.

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl`, `run.json`, TensorBoard, `pictures/`."""
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, `pictures/`, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from jaxpercept.training.dashboard import Dashboard
+
 
 class MetricWriter:
     """Appends to `workdir/metrics.jsonl` and to TensorBoard; the first process alone writes.
@@ -21,13 +23,25 @@ class MetricWriter:
         workdir: the run's folder.
         start: the step the run goes on from. What was written of later steps, which are about to
             be trained again, is removed.
+        project: of Weights & Biases; "": it is not used.
+        config: what to tell it of the run.
     """
 
-    def __init__(self, workdir: Path, start: int = 0):
+    def __init__(
+        self,
+        workdir: Path,
+        start: int = 0,
+        *,
+        project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
         self._active = jax.process_index() == 0
+        self._dashboard: Dashboard | None = None
         if self._active:
             self._workdir, self._pictures = workdir, workdir / "pictures"
             self._pictures.mkdir(parents=True, exist_ok=True)
+            if project:
+                self._dashboard = Dashboard(project, workdir, config or {})
             self._open(start)
 
     def _open(self, start: int) -> None:
@@ -38,7 +52,7 @@ class MetricWriter:
     def go_back(self, step: int) -> None:
         """Forget what was written of later steps."""
         if self._active:
-            self.close()
+            self._close_files()
             self._open(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -49,11 +63,8 @@ class MetricWriter:
         self._lines.write(json.dumps({"step": step, **plain}) + "\n")
         for name, value in plain.items():
             self._board.add_scalar(name, np.nan if value is None else value, step)
-
-    def facts(self, values: Mapping[str, Any]) -> None:
-        """What holds for the whole run, in `workdir/run.json`."""
-        if self._active:
-            (self._workdir / "run.json").write_text(json.dumps(values, indent=2) + "\n")
+        if self._dashboard is not None:
+            self._dashboard.scalars(step, plain)
 
     def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """A PNG in `workdir/pictures`, and the same in TensorBoard."""
@@ -61,12 +72,19 @@ class MetricWriter:
             return
         Image.fromarray(image).save(self._pictures / f"{name}_{step:06d}.png")
         self._board.add_image(name, image, step, dataformats="HWC")
+        if self._dashboard is not None:
+            self._dashboard.picture(step, name, image)
 
     def close(self) -> None:
         """Flush and close the files."""
         if self._active:
-            self._lines.close()
-            self._board.close()
+            self._close_files()
+            if self._dashboard is not None:
+                self._dashboard.close()
+
+    def _close_files(self) -> None:
+        self._lines.close()
+        self._board.close()
 
 
 def _forget_after(path: Path, step: int) -> None:

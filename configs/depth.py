@@ -15,6 +15,7 @@ ones: on two CPU cores 4 to 5 minutes, AbsRel 0.074 (best constant: 0.348). Pres
                     (`--config.data.options.folder.held_out`, `.depth_scale`).
 `depth.py:denoised` Marigold's method on procedural scenes: ten steps of denoising from uniform
                     timesteps. `depth.py:addp` with ADDP's timesteps and augmentation beside it.
+`depth.py:fast`     a small decoder for the model of the first command, taught by its autoencoder.
 `depth.py:marigold` ADDP's recipe (arXiv 2504.11457) on Stable Diffusion 2 with Hypersim and
                     Virtual KITTI 2; flags as for sd21. Not run by us.
 `depth.py:sd21`     the paper's recipe on Stable Diffusion 2.1 with Hypersim and Virtual KITTI 2:
@@ -36,6 +37,7 @@ def get_config(preset: str = "") -> ConfigDict:
     """The config of a preset."""
     choices = {
         "": presets.tiny,
+        "fast": _fast,
         "scenes": _scenes,
         "nyuv2": _nyuv2,
         "folder": _folder,
@@ -56,6 +58,10 @@ def _scenes(config: ConfigDict) -> ConfigDict:
 def _nyuv2(config: ConfigDict) -> ConfigDict:
     config = presets.tiny_real(config)
     return presets.trained_on(config, {"nyuv2": 0.5, "furnished": 0.5}, "nyuv2")
+
+
+def _fast(config: ConfigDict) -> ConfigDict:
+    return presets.tiny_decoder(presets.tiny(config), "runs/depth")
 
 
 def _folder(config: ConfigDict) -> ConfigDict:

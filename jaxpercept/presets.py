@@ -197,6 +197,17 @@ def dpt_head(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def tiny_decoder(config: ConfigDict, model: str) -> ConfigDict:
+    """A small decoder for a model that is trained, taught by its autoencoder and the truth."""
+    config.checkpoint = model
+    config.method.decoder = "tiny"
+    config.method.latent_weight = 0.0
+    config.method.teacher_weight = 1.0
+    config.random_init = ("decoder",)
+    config.trainable = ("decoder/decoder",)
+    return config
+
+
 def frozen_unet(config: ConfigDict) -> ConfigDict:
     """Only the head is trained."""
     config.trainable = ("head/",)

@@ -22,7 +22,9 @@ from jaxpercept.inference.opening import open_perception
 from jaxpercept.inference.predictor import to_signed_float
 from jaxpercept.models.functional import functional
 from jaxpercept.models.lora import LoraConfig, is_lora
-from jaxpercept.training.loop import train
+from jaxpercept.models.vae import decode_latents
+from jaxpercept.tasks.base import to_signed
+from jaxpercept.training.loop import open_data, train
 from jaxpercept.training.optim import make_optimizer
 from jaxpercept.training.setup import initial_weights, set_up
 
@@ -166,8 +168,61 @@ def test_what_is_random_is_trained(base):
         c.trainable = ("head/", "vae/decoder")
         return c
 
-    with pytest.raises(UserError, match=r"'vae/decoder.*no loss sees beside a DPT head"):
+    with pytest.raises(UserError, match=r"'vae/decoder.*no loss sees beside another decoder"):
         start(tiny(base, decoder_beside_a_head))
+
+
+def test_a_tiny_decoder_is_taught_by_the_autoencoder(base, data, tmp_path):
+    def change(c):
+        return presets.tiny_decoder(c, str(base))
+
+    c = tiny(base, change, steps=3, **tiny_run.on_folder(data))
+    setup = set_up(c)
+    trained, frozen = start(c)
+    assert {part: {path.split(".")[0] for path in w} for part, w in trained.items()} == {
+        "decoder": {"decoder"}
+    }
+    params, method = jax.tree.map(jnp.asarray, merge_params(frozen, trained)), setup.method
+    batch = jax.tree.map(jnp.asarray, dict(next(iter(open_data(c, setup)))))
+    total, terms = method.loss(params, batch, jax.random.key(0))
+    perception = method.perception
+    image = perception.encode(params, to_signed(batch["rgb"]))
+    timesteps = jnp.full(len(image), method.inference_timestep)
+    latent = perception.one_step(params, image, timesteps)
+    networks = functional(setup.description.components["decoder"]), method.model.vae
+    weights = params["decoder"], params["vae"]
+    student, teacher = (
+        decode_latents(network, w, latent) for network, w in zip(networks, weights, strict=True)
+    )
+    assert student.shape == teacher.shape == batch["rgb"].shape
+    difference = float(jnp.abs(student - teacher).mean())
+    # The training timestep is drawn; in this network it hardly tells.
+    assert float(terms["teacher"]) == pytest.approx(difference, rel=0.05)
+    assert float(total) == float(terms["teacher"])
+
+    train(c, tmp_path / "run")
+    _, after = load_model(str(tmp_path / "run"))
+    assert {name.split(".")[0] for name in changed(params, after)} == {"decoder/decoder"}
+    photograph = np.random.default_rng().integers(0, 256, (*tiny_run.SIZE, 3)).astype(np.uint8)
+    before, out = (
+        PerceptionPipeline.from_pretrained(str(model))(photograph)
+        for model in (base, tmp_path / "run")
+    )
+    np.testing.assert_allclose(out.latent, before.latent, atol=1e-5)
+    fast = decode_latents(networks[0], after["decoder"], jnp.asarray(out.latent))
+    expected = perception.task.to_prediction(fast)
+    np.testing.assert_allclose(out.prediction, np.asarray(expected), atol=1e-4)
+    assert np.abs(before.prediction - out.prediction).max() > 0.01
+
+
+def test_only_a_tiny_decoder_has_a_teacher(base):
+    def change(c):
+        c = presets.tiny_decoder(c, str(base))
+        c.method.decoder, c.random_init = "vae", ()
+        return c
+
+    with pytest.raises(UserError, match="teacher_weight compares a tiny decoder"):
+        set_up(tiny(base, change))
 
 
 def test_lora_trains_its_factors_alone(base):

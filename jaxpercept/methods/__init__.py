@@ -44,9 +44,9 @@ COMPONENTS = {
 
 def components_of(method: Mapping[str, Any], task: str = "") -> tuple[str, ...]:
     """The networks of a method with these options, for a task."""
-    head = ("head",) if method.get("decoder") == "dpt" else ()
+    decoder = {"dpt": ("head",), "tiny": ("decoder",)}.get(method.get("decoder"), ())
     text = ("text_encoder",) if reads_text(task) else ()
-    return (*COMPONENTS.get(method.get("name", ""), ()), *text, *head)
+    return (*COMPONENTS.get(method.get("name", ""), ()), *text, *decoder)
 
 
 def build_method(

@@ -24,6 +24,7 @@ from jaxpercept.errors import UserError
 from jaxpercept.methods.latent_model import LatentModel, Params
 from jaxpercept.methods.perception import Perception, batch_fields
 from jaxpercept.methods.recipe import Recipe
+from jaxpercept.models.vae import decode_latents
 from jaxpercept.tasks.base import Task, to_signed
 
 
@@ -39,7 +40,9 @@ class OneStep:
         inference_timestep: the timestep at prediction (1: one leading DDIM step with offset 1).
         latent_weight: weight of the masked MSE between latents; 0 leaves it out.
         pixel_weights: (name, weight) of each of the task's pixel losses; empty leaves them out.
-        decoder: "vae", or "dpt" for a head that reads the UNet's features, without latents.
+        decoder: "vae"; "dpt" for a head that reads the UNet's features, without latents; or "tiny"
+            for a small network that decodes the latents in the autoencoder's place.
+        teacher_weight: weight of the L1 between the tiny decoder's image and the autoencoder's.
     """
 
     model: LatentModel
@@ -49,6 +52,7 @@ class OneStep:
     latent_weight: float = 1.0
     pixel_weights: tuple[tuple[str, float], ...] = ()
     decoder: str = "vae"
+    teacher_weight: float = 0.0
 
     needs_text = False
 
@@ -73,13 +77,19 @@ class OneStep:
                 f"{total - 1}."
             )
         self.task.check_weights(dict(self.pixel_weights))
-        for name, weight in (("latent_weight", self.latent_weight), *self.pixel_weights):
+        own = {"latent_weight": self.latent_weight, "teacher_weight": self.teacher_weight}
+        for name, weight in (*own.items(), *self.pixel_weights):
             if not (math.isfinite(weight) and weight >= 0):
                 raise UserError(f"config.method gives {name} the weight {weight}: give 0 or more.")
-        if not self.latent_weight and not self.pixel_weights:
+        if not any(own.values()) and not self.pixel_weights:
             raise UserError("config.method asks for no loss: set latent_weight or pixel_weights.")
-        if self.decoder not in ("vae", "dpt"):
-            raise UserError(f"config.method.decoder is {self.decoder!r}: use vae or dpt.")
+        if self.decoder not in ("vae", "dpt", "tiny"):
+            raise UserError(f"config.method.decoder is {self.decoder!r}: use vae, dpt or tiny.")
+        if self.teacher_weight and self.decoder != "tiny":
+            raise UserError(
+                "config.method.teacher_weight compares a tiny decoder with the autoencoder: set "
+                "config.method.decoder to tiny, or the weight to 0."
+            )
         channels = self.task.head_channels
         if self.decoder == "dpt":
             self._check_head()
@@ -118,6 +128,13 @@ class OneStep:
             latent = perception.one_step(params, image, timesteps, text)
 
         terms, total = {}, jnp.float32(0)
+        if self.decoder != "dpt" and (self.pixel_weights or self.teacher_weight):
+            decoded = perception.decode(params, latent)
+        if self.teacher_weight:
+            taught = decode_latents(self.model.vae, params["vae"], jax.lax.stop_gradient(latent))
+            everywhere = jnp.ones_like(taught[..., :1], bool)
+            terms["teacher"] = losses.l1(decoded, jax.lax.stop_gradient(taught), everywhere)
+            total += self.teacher_weight * terms["teacher"]
         if self.latent_weight:
             # x0 = -output, so this is GenPercept's MSE between the output and the v target.
             target_latent = perception.encode(params, target.image)
@@ -126,8 +143,6 @@ class OneStep:
             terms["latent_mse"] = losses.mse(latent, target_latent, latent_mask, weights)
             total += self.latent_weight * terms["latent_mse"]
         if self.pixel_weights:
-            if self.decoder == "vae":
-                decoded = perception.decode(params, latent)
             keys = per_example(key_pixels, index, lambda k: k)
             pixel = self.task.pixel_losses(decoded, target, dict(self.pixel_weights), keys)
             terms |= pixel
@@ -140,7 +155,7 @@ class OneStep:
         recipe = Recipe.of(
             "genpercept",
             timesteps=(self.inference_timestep,),
-            head=self.decoder,
+            head="dpt" if self.decoder == "dpt" else "vae",
             padded_prompt=self.task.reads_text,
         )
         return Perception(self.model, recipe, recipe.solver({}), self.task)

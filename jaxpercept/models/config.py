@@ -322,6 +322,22 @@ class AutoencoderTinyConfig(_JsonConfig):
     # diffusers sets both itself: block_out_channels to the decoder's, force_upcast to false.
     INERT: ClassVar[frozenset[str]] = frozenset({"block_out_channels", "force_upcast"})
 
+    @classmethod
+    def beside(cls, vae: VAEConfig) -> "AutoencoderTinyConfig":
+        """A decoder for the latents of another autoencoder: TAESD's beside SD's.
+
+        It is as much narrower beside another; its encoder is not to be used, and next to nothing.
+        """
+        levels = len(vae.block_out_channels)
+        width = max(vae.block_out_channels[0] // 2, 1)
+        return cls(
+            encoder_block_out_channels=(width,) * levels,
+            decoder_block_out_channels=(width,) * levels,
+            latent_channels=vae.latent_channels,
+            num_encoder_blocks=(0,) * levels,
+            num_decoder_blocks=(*(3,) * (levels - 1), 1),
+        )
+
     def __post_init__(self):
         self._require_positive("in_channels", "out_channels", "latent_channels", "scaling_factor")
         levels = len(self.encoder_block_out_channels)

@@ -22,7 +22,7 @@ from jaxpercept.config import check_resolution
 from jaxpercept.diffusion.timesteps import resolve
 from jaxpercept.errors import UserError
 from jaxpercept.methods import PERCEPTION, Method, OneStep, build_method, components_of
-from jaxpercept.models.config import UNetConfig, VAEConfig
+from jaxpercept.models.config import AutoencoderTinyConfig, UNetConfig, VAEConfig
 from jaxpercept.models.dpt import DPTConfig
 from jaxpercept.models.functional import functional
 from jaxpercept.models.lora import LoraConfig, is_lora
@@ -68,6 +68,8 @@ def set_up(config: Any, workdir: Path | None = None) -> Setup:
         beside = DPTConfig.beside(components["unet"], channels)
         given = components.get("head", beside).to_dict()
         components["head"] = DPTConfig.from_dict({**given, **head})
+    if options.get("decoder") == "tiny" and isinstance(components.get("vae"), VAEConfig):
+        components.setdefault("decoder", AutoencoderTinyConfig.beside(components["vae"]))
     if name == "denoising" and options.get("noise") != "image" and {"unet", "vae"} <= {*components}:
         components["unet"] = _beside_the_image(components["unet"], components["vae"])
     for expression in config.random_init:
@@ -177,7 +179,7 @@ def _check_decoder(config: Any, trainable: Params) -> None:
     """Raises a UserError where the decoder is to be trained and no loss sees its images."""
     if config.method.name not in PERCEPTION:
         return
-    replaced = config.method.get("decoder") == "dpt"
+    replaced = config.method.get("decoder", "vae") != "vae"
     if any(config.method.get("pixel_weights", {}).values()) and not replaced:
         return
     for path in trainable.get("vae", {}):
@@ -185,7 +187,7 @@ def _check_decoder(config: Any, trainable: Params) -> None:
             raise UserError(
                 f"config.trainable names 'vae/{path}', which "
                 + (
-                    "no loss sees beside a DPT head: leave it out."
+                    "no loss sees beside another decoder: leave it out."
                     if replaced
                     else "only losses of decoded images train: set config.method.pixel_weights, or "
                     "leave it out."
@@ -215,7 +217,7 @@ def _from_checkpoint(config: Any) -> list[str]:
     # Most tasks need the text encoder once, for the empty prompt; load_model encodes it.
     wanted = {*components_of(plain(config.method))}
     wanted |= {"text_encoder"} if name in PERCEPTION else set()
-    unneeded = set(config.random_init) & {*config.architecture, "head"}
+    unneeded = set(config.random_init) & {*config.architecture, "head", "decoder"}
     return sorted(wanted - unneeded)
 
 

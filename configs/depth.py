@@ -1,4 +1,4 @@
-"""Affine-invariant depth in one deterministic step (GenPercept, arXiv 2403.06090).
+r"""Affine-invariant depth in one deterministic step (GenPercept, arXiv 2403.06090).
 
     python -m jaxpercept.train --config=configs/depth.py
 
@@ -19,8 +19,8 @@ ones: on two CPU cores 4 to 5 minutes, AbsRel 0.074 (best constant: 0.348). Pres
                     Virtual KITTI 2; flags as for sd21. Not run by us.
 `depth.py:sd21`     the paper's recipe on Stable Diffusion 2.1 with Hypersim and Virtual KITTI 2:
 
-    python -m jaxpercept.train --config=configs/depth.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
-        --config.data.options.hypersim.data_dir=DIR --config.data.options.vkitti.data_dir=DIR
+    python -m jaxpercept.train --config=configs/depth.py:sd21 --config.checkpoint=DIR_OR_HUB_ID \
+        --config.data.options.hypersim.data_dir=DIR --config.data.options.vkitti.data_dir=DIR \
         --config.data.options.nyuv2.data_dir=DIR
 
 The authors trained on one H100; expected AbsRel on NYUv2: 5.2 % (arXiv 2403.06090, fourth version).

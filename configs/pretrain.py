@@ -1,6 +1,6 @@
-"""The built-in checkpoint `sd-tiny`: a small text-to-image latent diffusion model, from scratch.
+r"""The built-in checkpoint `sd-tiny`: a small text-to-image latent diffusion model, from scratch.
 
-    python -m jaxpercept.pretrain --config=configs/pretrain.py --data_dir=tiny_imagenet \\
+    python -m jaxpercept.pretrain --config=configs/pretrain.py --data_dir=tiny_imagenet \
         --output=jaxpercept/assets/sd-tiny
 
 Three stages and an export; docs/pretraining.md has the hardware, the time and the figures. `vae`

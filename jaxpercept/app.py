@@ -1,4 +1,4 @@
-"""A web page for trying models: drop an image, say what to look for, correct what was found.
+r"""A web page for trying models: drop an image, say what to look for, correct what was found.
 
     python -m jaxpercept.app --checkpoint=runs/referring
     python -m jaxpercept.app --checkpoint=runs/referring,runs/depth,runs/normals

@@ -1,7 +1,7 @@
-"""Prepare a dataset for training on many hosts: raw files into sharded ArrayRecord.
+r"""Prepare a dataset for training on many hosts: raw files into sharded ArrayRecord.
 
     python -m jaxpercept.prepare --dataset=nyuv2 --from=/data/nyuv2 --to=/data/prepared
-    python -m jaxpercept.prepare --dataset=hypersim --from=/data/hypersim --to=/data/prepared \\
+    python -m jaxpercept.prepare --dataset=hypersim --from=/data/hypersim --to=/data/prepared \
         --splits=train,val --workers=16
     python -m jaxpercept.prepare --dataset=scenes --to=/data/prepared --limit=10000
 

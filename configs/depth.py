@@ -14,8 +14,9 @@ ones: on two CPU cores 4 to 5 minutes, AbsRel 0.074 (best constant: 0.348). Pres
                     and depth/NAME.* (docs/data.md). A tenth of them is held out and evaluated
                     (`--config.data.options.folder.held_out`, `.depth_scale`).
 `depth.py:denoised` Marigold's method on procedural scenes: ten steps of denoising from uniform
-                    timesteps. `depth.py:addp` with ADDP's timesteps and augmentation beside it.
-`depth.py:marigold` ADDP's recipe (arXiv 2504.11457) on Stable Diffusion 2 with Hypersim and
+                    timesteps.
+`depth.py:addp`     the same with ADDP's timesteps and augmentation (arXiv 2504.11457).
+`depth.py:marigold` ADDP's recipe on Stable Diffusion 2 with Hypersim and
                     Virtual KITTI 2; flags as for sd21. Not run by us.
 `depth.py:sd21`     the paper's recipe on Stable Diffusion 2.1 with Hypersim and Virtual KITTI 2:
 

@@ -83,8 +83,8 @@ def app(
     """Serve the page until Ctrl-C.
 
     Args:
-        checkpoint, host, port, max_upload_mb, max_upload_mp, warm_up, num_inference_steps,
-            processing_resolution, opening: the flags of these names.
+        checkpoint, host, port, max_upload_mb, max_upload_mp: the flags of these names.
+        warm_up, num_inference_steps, processing_resolution, opening: likewise.
 
     Raises:
         UserError: Gradio is missing, an address is taken, or a model cannot be opened.

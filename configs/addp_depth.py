@@ -1,4 +1,4 @@
-"""ADDP's ingredients (arXiv 2504.11457) one by one, of depth by denoising, as presets of a table.
+r"""ADDP's ingredients (arXiv 2504.11457) one by one, of depth by denoising, as presets of a table.
 
     python -m jaxpercept.ablate --config=configs/addp_depth.py --workdir=runs/addp_depth --seeds=0,1
 
@@ -18,7 +18,7 @@ trains `sd-tiny` on procedural scenes with Marigold's method, some minutes each 
                         NYUv2's training set, half furnished rooms; named apart, since one table is
                         of one dataset:
 
-    python -m jaxpercept.ablate --config=configs/addp_depth.py --workdir=runs/addp_nyuv2
+    python -m jaxpercept.ablate --config=configs/addp_depth.py --workdir=runs/addp_nyuv2 \
         --presets=nyuv2_uniform,nyuv2_addp --set=data_dir=DIR
 
 The blur has a fifth of ADDP's strength, as the pictures have a fifth of its size. What was measured

@@ -1,7 +1,7 @@
-"""ADDP's ingredients (arXiv 2504.11457) one by one, of referring segmentation, in a table.
+r"""ADDP's ingredients (arXiv 2504.11457) one by one, of referring segmentation, in a table.
 
     python -m jaxpercept.train --config=configs/referring.py
-    python -m jaxpercept.ablate --config=configs/addp_referring.py --workdir=runs/addp_referring
+    python -m jaxpercept.ablate --config=configs/addp_referring.py --workdir=runs/addp_referring \
         --set=checkpoint=runs/referring --seeds=0,1
 
 trains on procedural scenes with several things alike, and evaluates on 1,000 others, also with one
@@ -19,7 +19,7 @@ from the referring model, as ADDP's start from InstructPix2Pix, which knows many
                    batch phrases of COCO, half scenes; named apart, since one table is of one
                    dataset:
 
-    python -m jaxpercept.ablate --config=configs/addp_referring.py --workdir=runs/addp_coco
+    python -m jaxpercept.ablate --config=configs/addp_referring.py --workdir=runs/addp_coco \
         --presets=coco_uniform,coco_addp --set=checkpoint=runs/referring,data_dir=DIR
 
 What was measured is in docs/results.md.

@@ -1,4 +1,4 @@
-"""Affine-invariant depth in one deterministic step (GenPercept, arXiv 2403.06090).
+r"""Affine-invariant depth in one deterministic step (GenPercept, arXiv 2403.06090).
 
     python -m jaxpercept.train --config=configs/depth.py
 
@@ -14,14 +14,15 @@ ones: on two CPU cores 4 to 5 minutes, AbsRel 0.074 (best constant: 0.348). Pres
                     and depth/NAME.* (docs/data.md). A tenth of them is held out and evaluated
                     (`--config.data.options.folder.held_out`, `.depth_scale`).
 `depth.py:denoised` Marigold's method on procedural scenes: ten steps of denoising from uniform
-                    timesteps. `depth.py:addp` with ADDP's timesteps and augmentation beside it.
+                    timesteps.
+`depth.py:addp`     the same with ADDP's timesteps and augmentation (arXiv 2504.11457).
 `depth.py:fast`     a small decoder for the model of the first command, taught by its autoencoder.
-`depth.py:marigold` ADDP's recipe (arXiv 2504.11457) on Stable Diffusion 2 with Hypersim and
+`depth.py:marigold` ADDP's recipe on Stable Diffusion 2 with Hypersim and
                     Virtual KITTI 2; flags as for sd21. Not run by us.
 `depth.py:sd21`     the paper's recipe on Stable Diffusion 2.1 with Hypersim and Virtual KITTI 2:
 
-    python -m jaxpercept.train --config=configs/depth.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
-        --config.data.options.hypersim.data_dir=DIR --config.data.options.vkitti.data_dir=DIR
+    python -m jaxpercept.train --config=configs/depth.py:sd21 --config.checkpoint=DIR_OR_HUB_ID \
+        --config.data.options.hypersim.data_dir=DIR --config.data.options.vkitti.data_dir=DIR \
         --config.data.options.nyuv2.data_dir=DIR
 
 The authors trained on one H100; expected AbsRel on NYUv2: 5.2 % (arXiv 2403.06090, fourth version).

@@ -1,4 +1,4 @@
-"""Dichotomous segmentation: the salient object's mask, in one deterministic step (GenPercept).
+r"""Dichotomous segmentation: the salient object's mask, in one deterministic step (GenPercept).
 
     python -m jaxpercept.train --config=configs/dis.py
 
@@ -10,7 +10,7 @@ Presets, after a colon:
                  tenth of them is held out and evaluated (`--config.data.options.masks.held_out`).
 `dis.py:sd21`    the paper's recipe on Stable Diffusion 2.1, at 768 px, the loss on decoded masks:
 
-    python -m jaxpercept.train --config=configs/dis.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
+    python -m jaxpercept.train --config=configs/dis.py:sd21 --config.checkpoint=DIR_OR_HUB_ID \
         --config.data_dir=DIR_OF_DIS5K
 
 The authors trained on one H100; expected max F on DIS-VD: 0.857 (one copy of the paper's table).

@@ -1,4 +1,4 @@
-"""Affine-invariant disparity (inverse depth) in one deterministic step (GenPercept).
+r"""Affine-invariant disparity (inverse depth) in one deterministic step (GenPercept).
 
     python -m jaxpercept.train --config=configs/disparity.py
 
@@ -9,9 +9,9 @@ trains `sd-tiny` on procedural scenes, offline: 4 minutes on two CPU cores to an
 `disparity.py:sd21`     the paper's recipe on Stable Diffusion 2.1, at 768 px.
 `disparity.py:sd21_dpt` with a DPT head in the place of the autoencoder's decoder.
 
-    python -m jaxpercept.train --config=configs/disparity.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
-        --config.data.options.hypersim.data_dir=DIR --config.data.options.vkitti.data_dir=DIR
-        --config.data.options.nyuv2.data_dir=DIR
+    python -m jaxpercept.train --config=configs/disparity.py:sd21 \
+        --config.checkpoint=DIR_OR_HUB_ID --config.data.options.hypersim.data_dir=DIR \
+        --config.data.options.vkitti.data_dir=DIR --config.data.options.nyuv2.data_dir=DIR
 
 The authors trained on one H100; expected AbsRel on NYUv2: 5.8 %, with the head 5.9 % (one copy of
 the paper's table). Not run by us. What was measured is in docs/results.md.

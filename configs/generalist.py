@@ -1,8 +1,8 @@
-"""One model for depth, normals, classes, boxes and phrases, told by an instruction which.
+r"""One model for depth, normals, classes, boxes and phrases, told by an instruction which.
 
     python -m jaxpercept.train --config=configs/generalist.py
     python -m jaxpercept.evaluate --checkpoint=runs/generalist --dataset=scenes --limit=64
-    python -m jaxpercept.predict --checkpoint=runs/generalist --task=detect --prompt=chair
+    python -m jaxpercept.predict --checkpoint=runs/generalist --task=detect --prompt=chair \
         --input=photos --output=boxes
 
 trains `sd-tiny` on procedural scenes, offline, in one deterministic step. On two CPU cores it takes
@@ -15,8 +15,8 @@ Every dataset of the mixture gives examples of all tasks it has the truth of;
 `generalist.py:sd15`     the same at full size, from an InstructPix2Pix checkpoint, on NYUv2 (depth,
                          normals, classes), RefCOCO's phrases and rendered scenes (boxes):
 
-    python -m jaxpercept.train --config=configs/generalist.py:sd15
-        --config.checkpoint=timbrooks/instruct-pix2pix
+    python -m jaxpercept.train --config=configs/generalist.py:sd15 \
+        --config.checkpoint=timbrooks/instruct-pix2pix \
         --config.data.options.nyuv2.data_dir=DIR --config.data.options.refcoco.data_dir=DIR
 
 Not run by us at full size. What was measured is in docs/results.md.

@@ -1,4 +1,4 @@
-"""Image matting without a trimap: the foreground's opacity in one deterministic step (GenPercept).
+r"""Image matting without a trimap: the foreground's opacity in one deterministic step (GenPercept).
 
     python -m jaxpercept.train --config=configs/matting.py
 
@@ -11,7 +11,7 @@ CPU cores to a SAD of 0.90 (the mean opacity: 2.04). Presets, after a colon:
 `matting.py:sd21`     the paper's recipe on Stable Diffusion 2.1 with P3M-10k, at 768 px, the loss
                       on decoded mattes:
 
-    python -m jaxpercept.train --config=configs/matting.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
+    python -m jaxpercept.train --config=configs/matting.py:sd21 --config.checkpoint=DIR_OR_HUB_ID \
         --config.data_dir=DIR_OF_P3M10K
 
 The authors trained on one H100; expected SAD on P3M-500-NP: 12.77 (one copy of the paper's table).

@@ -1,4 +1,4 @@
-"""Surface normals in one deterministic step (GenPercept), +x right, +y up, +z to the viewer.
+r"""Surface normals in one deterministic step (GenPercept), +x right, +y up, +z to the viewer.
 
     python -m jaxpercept.train --config=configs/normals.py
 
@@ -8,8 +8,8 @@ degrees (each image's mean normal: 55). Presets, after a colon:
 `normals.py:dpt`    a DPT head in the place of the autoencoder's decoder.
 `normals.py:sd21`   the paper's recipe on Stable Diffusion 2.1: the angular loss alone, at 768 px.
 
-    python -m jaxpercept.train --config=configs/normals.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
-        --config.data.options.hypersim.data_dir=DIR --config.data.options.vkitti.data_dir=DIR
+    python -m jaxpercept.train --config=configs/normals.py:sd21 --config.checkpoint=DIR_OR_HUB_ID \
+        --config.data.options.hypersim.data_dir=DIR --config.data.options.vkitti.data_dir=DIR \
         --config.data.options.nyuv2.data_dir=DIR
 
 The authors trained on one H100; expected mean error on NYUv2: 16.4 degrees (two copies of the

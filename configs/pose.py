@@ -1,4 +1,4 @@
-"""Human pose: COCO's 17 joints as heat maps of a DPT head, in one deterministic step.
+r"""Human pose: COCO's 17 joints as heat maps of a DPT head, in one deterministic step.
 
     python -m jaxpercept.train --config=configs/pose.py
 
@@ -7,7 +7,7 @@ of the joints within a tenth of the person (PCK@0.1; their mean place: 4 %). Pre
 
 `pose.py:sd21`   Stable Diffusion 2.1 on COCO 2017; needs an accelerator such as one H100:
 
-    python -m jaxpercept.train --config=configs/pose.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
+    python -m jaxpercept.train --config=configs/pose.py:sd21 --config.checkpoint=DIR_OR_HUB_ID \
         --config.data_dir=DIR_OF_COCO
 
 The first version of GenPercept's paper names the task; no code and no figure was released, so the

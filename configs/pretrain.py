@@ -1,6 +1,6 @@
-"""The built-in checkpoint `sd-tiny`: a small text-to-image latent diffusion model, from scratch.
+r"""The built-in checkpoint `sd-tiny`: a small text-to-image latent diffusion model, from scratch.
 
-    python -m jaxpercept.pretrain --config=configs/pretrain.py --data_dir=tiny_imagenet \\
+    python -m jaxpercept.pretrain --config=configs/pretrain.py --data_dir=tiny_imagenet \
         --output=jaxpercept/assets/sd-tiny
 
 Three stages and an export; docs/pretraining.md has the hardware, the time and the figures. `vae`
@@ -12,6 +12,7 @@ docs/pretraining.md says why. 5.9 M weights in all, 12 MB in float16.
 
 from ml_collections import ConfigDict
 
+from jaxpercept import presets
 from jaxpercept.config import base_config
 
 VAE = {
@@ -78,7 +79,8 @@ def get_config(stage: str = "fog") -> ConfigDict:
     config.optimizer.decay_steps = config.get_ref("steps")
     config.optimizer.clip_norm = 1.0
     config.save_every = 200
-    return {"vae": _vae, "unet": _unet, "fog": _fog}[stage](config)
+    choices = {"vae": _vae, "unet": _unet, "fog": _fog}
+    return presets.choose("configs/pretrain.py", stage, choices, config)
 
 
 STAGES = ("vae", "unet", "fog")

@@ -1,7 +1,7 @@
-"""Referring segmentation: the mask of what a phrase names.
+r"""Referring segmentation: the mask of what a phrase names.
 
     python -m jaxpercept.train --config=configs/referring.py
-    python -m jaxpercept.predict --checkpoint=runs/referring --input=photos --output=masks
+    python -m jaxpercept.predict --checkpoint=runs/referring --input=photos --output=masks \
         --prompt="the red ball on the left"
 
 trains `sd-tiny` on procedural scenes with several things alike, offline, in one deterministic step
@@ -16,7 +16,7 @@ Presets, after a colon:
                          instances.json and images/ (docs/data.md), and as many scenes.
 `referring.py:refcoco`   ADDP's recipe at full size, from an InstructPix2Pix checkpoint:
 
-    python -m jaxpercept.train --config=configs/referring.py:refcoco --config.data_dir=DIR
+    python -m jaxpercept.train --config=configs/referring.py:refcoco --config.data_dir=DIR \
         --config.checkpoint=timbrooks/instruct-pix2pix
 
 Its authors' hardware and figures are not known to us. Not run by us. What was measured is in

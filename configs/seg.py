@@ -1,4 +1,4 @@
-"""Semantic segmentation in one deterministic step, painted in colours or as class logits.
+r"""Semantic segmentation in one deterministic step, painted in colours or as class logits.
 
     python -m jaxpercept.train --config=configs/seg.py
 
@@ -14,7 +14,7 @@ trains `sd-tiny` to paint the classes of procedural scenes, offline: 10 minutes 
 `seg.py:sd21`        the paper's recipe on Stable Diffusion 2.1, painted, at 768 px, with pictures
                      and painted classes that GenPercept's jsonl lists name; NYUv2's test split.
 
-    python -m jaxpercept.train --config=configs/seg.py:sd21 --config.checkpoint=DIR_OR_HUB_ID
+    python -m jaxpercept.train --config=configs/seg.py:sd21 --config.checkpoint=DIR_OR_HUB_ID \
         --config.data.options.genpercept.data_dir=DIR --config.data.options.nyuv2.data_dir=DIR
 
 The authors trained on one H100, with a palette that was not released (ours are in

@@ -18,7 +18,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import sys
@@ -32,6 +31,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jaxpercept import cli
+from jaxpercept import presets as config_files
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.checkpoints.load import latest_step
 from jaxpercept.errors import UserError
@@ -157,11 +157,7 @@ def write_table(
 
 def _module(path: str) -> Any:
     """The config file as a module."""
-    if not Path(path).is_file():
-        raise UserError(f"There is no config file {path}: give one, such as configs/ablation.py.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = config_files.load(path)
     if not hasattr(module, "PRESETS"):
         raise UserError(f"{path} has no dict PRESETS: give a file such as configs/ablation.py.")
     return module

@@ -1,4 +1,4 @@
-"""A web page for trying models: drop an image, say what to look for, correct what was found.
+r"""A web page for trying models: drop an image, say what to look for, correct what was found.
 
     python -m jaxpercept.app --checkpoint=runs/referring
     python -m jaxpercept.app --checkpoint=runs/referring,runs/depth,runs/normals
@@ -83,8 +83,8 @@ def app(
     """Serve the page until Ctrl-C.
 
     Args:
-        checkpoint, host, port, max_upload_mb, max_upload_mp, warm_up, num_inference_steps,
-            processing_resolution, opening: the flags of these names.
+        checkpoint, host, port, max_upload_mb, max_upload_mp: the flags of these names.
+        warm_up, num_inference_steps, processing_resolution, opening: likewise.
 
     Raises:
         UserError: Gradio is missing, an address is taken, or a model cannot be opened.

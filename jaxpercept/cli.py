@@ -154,6 +154,15 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     )
 
 
+def own_flags(main: Callable[[], Any], flag_values: flags.FlagValues) -> list[flags.Flag]:
+    """The flags of a command in the order they were defined, without those of libraries."""
+    module = sys.modules[main.__module__]
+    own = flag_values.flags_by_module_dict()
+    names = {main.__module__, module.__name__, sys.argv[0], getattr(module, "__file__", "")}
+    names.add(__name__)  # the flags that several commands share
+    return [flag for name, group in own.items() if name in names for flag in group]
+
+
 def integers(name: str, values: Sequence[str]) -> list[int]:
     """The whole numbers of a flag that takes a list.
 
@@ -279,14 +288,9 @@ def _is_for_the_user(record: python_logging.LogRecord) -> bool:
 
 
 def _help(main: Callable[[], Any], flag_values: flags.FlagValues) -> str:
-    """The module's docstring, then its flags in the order they were defined."""
-    module = sys.modules[main.__module__]
-    own = flag_values.flags_by_module_dict()
-    names = {main.__module__, module.__name__, sys.argv[0], getattr(module, "__file__", "")}
-    names.add(__name__)  # the flags that several commands share
-    listed = [flag for name, group in own.items() if name in names for flag in group]
-    lines = [(module.__doc__ or "").strip(), "", "flags:"]
-    for flag in listed:
+    """The module's docstring, then its flags."""
+    lines = [(sys.modules[main.__module__].__doc__ or "").strip(), "", "flags:"]
+    for flag in own_flags(main, flag_values):
         default = "" if flag.default in (None, "") else f" (default: {flag.default})"
         lines.append(f"  --{flag.name}: {flag.help.strip()}{default}")
     return "\n".join(lines)

@@ -1,10 +1,12 @@
-"""Evaluate a model on a dataset with ground truth, or on all datasets of the papers' tables.
+r"""Evaluate a model on a dataset with ground truth, or on all datasets of the papers' tables.
 
     python -m jaxpercept.evaluate --checkpoint=runs/depth --dataset=scenes --limit=64
     python -m jaxpercept.evaluate --checkpoint=runs/depth --dataset=nyuv2 --data_dir=DIR
     python -m jaxpercept.evaluate --checkpoint=runs/depth --dataset=folder --data_dir=DIR
-    python -m jaxpercept.evaluate --checkpoint=runs/a --dataset=masks --data_dir=D --held_out=0.1
-    python -m jaxpercept.evaluate --checkpoint=runs/seg --dataset=camvid --data_dir=DIR --split=val
+    python -m jaxpercept.evaluate --checkpoint=runs/dis-masks --dataset=masks --data_dir=DIR \
+        --held_out=0.1
+    python -m jaxpercept.evaluate --checkpoint=runs/seg-camvid --dataset=camvid --data_dir=DIR \
+        --split=val
     python -m jaxpercept.evaluate --checkpoint=runs/depth --suite=depth --data_root=DATASETS
 
 --checkpoint takes a training workdir, an Orbax export, or a diffusers folder or hub id. --dataset

@@ -1,4 +1,4 @@
-"""Predict for an image or a folder of images.
+r"""Predict for an image or a folder of images.
 
     python -m jaxpercept.predict --checkpoint=runs/depth --input=photo.jpg --output=out
     python -m jaxpercept.predict --checkpoint=runs/depth --input=photos/ --output=out --batch_size=8

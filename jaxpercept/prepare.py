@@ -1,13 +1,13 @@
-"""Prepare a dataset for training on many hosts: raw files into sharded ArrayRecord.
+r"""Prepare a dataset for training on many hosts: raw files into sharded ArrayRecord.
 
-    python -m jaxpercept.prepare --dataset=nyuv2 --from=/data/nyuv2 --to=/data/prepared
-    python -m jaxpercept.prepare --dataset=hypersim --from=/data/hypersim --to=/data/prepared \\
+    python -m jaxpercept.prepare --dataset=nyuv2 --from=nyuv2 --to=prepared
+    python -m jaxpercept.prepare --dataset=hypersim --from=hypersim --to=prepared \
         --splits=train,val --workers=16
-    python -m jaxpercept.prepare --dataset=scenes --to=/data/prepared --limit=10000
+    python -m jaxpercept.prepare --dataset=scenes --to=prepared --limit=10000
 
-writes /data/prepared/NAME/1.0.0/ in the layout of TensorFlow Datasets. Train and evaluate on it
-as on the files themselves, with --data_dir=/data/prepared; tfds.data_source(NAME,
-data_dir="/data/prepared") reads it, too. The records are those of the files, to the bit.
+writes prepared/NAME/1.0.0/ in the layout of TensorFlow Datasets. Train and evaluate on it
+as on the files themselves, with --data_dir=prepared; tfds.data_source(NAME,
+data_dir="prepared") reads it, too. The records are those of the files, to the bit.
 
 Apache Beam does the work: on this machine in --workers processes, or on any runner that --beam
 names, whose workers must see both folders. Run the same command again after an interruption: what

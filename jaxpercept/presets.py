@@ -6,7 +6,10 @@ A preset is a config changed by a few of these, one after the other; each return
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 
 from ml_collections import ConfigDict, config_dict
 
@@ -23,11 +26,37 @@ def choose(file: str, preset: str, presets: Mapping[str, Preset], config: Config
     """The config changed by the preset of that name; "" is the default one.
 
     Raises:
-        ValueError: there is no such preset (absl's flags turn it into a message).
+        ValueError: there is no such preset (absl's flags turn it into a message), but `names`.
     """
     if preset not in presets:
-        raise ValueError(f"{file} has the presets {', '.join(filter(None, presets))}")
+        error = ValueError(f"{file} has the presets {', '.join(filter(None, presets))}")
+        error.names = tuple(presets)
+        raise error
     return presets[preset](config)
+
+
+def load(path: str | Path) -> ModuleType:
+    """A config file as a module.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no config file {path}: give one, such as configs/depth.py.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def names(module: ModuleType) -> tuple[str, ...]:
+    """The presets of a config file; "" is one without a name."""
+    try:
+        module.get_config("?")
+    except ValueError as error:
+        return error.names
+    return ("",)
 
 
 def one_step(task: str, **options: object) -> ConfigDict:

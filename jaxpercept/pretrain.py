@@ -1,4 +1,4 @@
-"""Pre-train the built-in checkpoint: a small text-to-image latent diffusion model, from scratch.
+r"""Pre-train the built-in checkpoint: a small text-to-image latent diffusion model, from scratch.
 
     python -m jaxpercept.pretrain --config=configs/pretrain.py --data_dir=tiny_imagenet \
         --workdir=runs/pretrain --output=jaxpercept/assets/sd-tiny
@@ -27,17 +27,19 @@ from jaxpercept.errors import UserError
 from jaxpercept.inference.observers import picture_observer
 from jaxpercept.training.loop import train
 
-_FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", "configs/pretrain.py", "File with get_config(stage).", _FLAGS)
-flags.DEFINE_string("workdir", "runs/pretrain", "Where the stages' runs live.", _FLAGS)
-flags.DEFINE_string("data_dir", None, "Folder of Tiny ImageNet: images.zip, classes.json.", _FLAGS)
-flags.DEFINE_string("output", None, "The diffusers folder to write.", _FLAGS)
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("config", "configs/pretrain.py", "File with get_config(stage).", FLAGS)
+flags.DEFINE_string("workdir", "runs/pretrain", "Where the stages' runs live.", FLAGS)
+flags.DEFINE_string("data_dir", None, "Folder of Tiny ImageNet: images.zip, classes.json.", FLAGS)
+flags.DEFINE_string("output", None, "The diffusers folder to write.", FLAGS)
 for _name, _default, _help in (
     ("steps", 0, "Steps of each stage, to try it out; 0: as configured."),
     ("batch_size", 0, "Images a step; 0: as configured."),
     ("num_workers", -1, "Processes that prepare data; -1: as configured."),
 ):
-    flags.DEFINE_integer(_name, _default, _help, flag_values=_FLAGS)
+    flags.DEFINE_integer(_name, _default, _help, flag_values=FLAGS)
+OWN_FLAGS = tuple(FLAGS)
+REQUIRED = ("data_dir", "output")
 
 _CAPTIONS = 4000  # of each dataset, for the tokenizer
 _VOCABULARY = 1024
@@ -119,24 +121,24 @@ def _latent_std(workdir: Path) -> float:
 def main() -> None:
     """Read the flags and run the stages."""
     overrides: dict[str, Any] = {}
-    if _FLAGS.steps:
-        overrides["steps"] = _FLAGS.steps
-    if _FLAGS.batch_size:
-        overrides["batch_size"] = _FLAGS.batch_size
-    if _FLAGS.num_workers >= 0:
-        overrides["data"] = {"num_workers": _FLAGS.num_workers}
-    if not Path(_FLAGS.config).is_file():
-        raise UserError(f"--config {_FLAGS.config} is no file: give configs/pretrain.py.")
-    module = runpy.run_path(_FLAGS.config)
+    if FLAGS.steps:
+        overrides["steps"] = FLAGS.steps
+    if FLAGS.batch_size:
+        overrides["batch_size"] = FLAGS.batch_size
+    if FLAGS.num_workers >= 0:
+        overrides["data"] = {"num_workers": FLAGS.num_workers}
+    if not Path(FLAGS.config).is_file():
+        raise UserError(f"--config {FLAGS.config} is no file: give configs/pretrain.py.")
+    module = runpy.run_path(FLAGS.config)
     pretrain(
         module["get_config"],
         module["STAGES"],
-        data_dir=_FLAGS.data_dir,
-        workdir=Path(_FLAGS.workdir),
-        output=Path(_FLAGS.output),
+        data_dir=FLAGS.data_dir,
+        workdir=Path(FLAGS.workdir),
+        output=Path(FLAGS.output),
         overrides=overrides,
     )
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("data_dir", "output"), flag_values=_FLAGS)
+    cli.run(main, required=REQUIRED, flag_values=FLAGS)

@@ -1,4 +1,4 @@
-"""Fine-tune a latent diffusion checkpoint for perception.
+r"""Fine-tune a latent diffusion checkpoint for perception.
 
     python -m jaxpercept.train --config=configs/depth.py
     python -m jaxpercept.train --config=configs/depth.py:nyuv2 --config.data_dir=DIR

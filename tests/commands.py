@@ -20,11 +20,11 @@ def restore_logging():
     handler.filters[:], root.handlers[:] = before[2], before[3]
 
 
-def door(module, *arguments: str) -> int:
-    """Run a command as the shell would, in this process."""
+def door(module, *arguments: str, main=None) -> int:
+    """Run a command as the shell would, in this process; with `main`, that after its flags."""
     module.FLAGS.unparse_flags()
     # Overrides of another call's config stay defined, and cannot be defined again.
     for name in [name for name in module.FLAGS if name.startswith("config.")]:
         delattr(module.FLAGS, name)
     argv = [module.__name__, *arguments]
-    return cli.call(module.main, argv, required=module.REQUIRED, flag_values=module.FLAGS)
+    return cli.call(main or module.main, argv, required=module.REQUIRED, flag_values=module.FLAGS)

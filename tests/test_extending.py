@@ -57,7 +57,7 @@ def test_the_walk(edges, tmp_path, monkeypatch, rng, decoder):
         assert len(said) == 4
         flags += shlex.split(" ".join(said))
     (training, of_train), (prediction, of_predict) = re.findall(
-        r"^    python -m jaxpercept\.(\w+) (.*)$", text, re.MULTILINE
+        r"^python -m jaxpercept\.(\w+) (.*)$", text, re.MULTILINE
     )
     assert (training, prediction) == ("train", "predict")
     quick = functools.partial(train.train, mesh=one_device())

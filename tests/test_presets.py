@@ -1,6 +1,5 @@
 """Every preset of `configs/` builds, and each variation changes what it says and nothing else."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -28,26 +27,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
-def module_of(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def names_of(module):
-    """The presets, as the message about one that is not there lists them."""
-    if hasattr(module, "STAGES"):
-        return list(module.STAGES)
-    with pytest.raises(ValueError, match="has the presets ") as error:
-        module.get_config("no such preset")
-    names = str(error.value).partition("has the presets ")[2].split(", ")
-    return names if hasattr(module, "PRESETS") else ["", *names]
-
-
-PRESETS = [(path.stem, name) for path in CONFIGS for name in names_of(module_of(path))]
+MODULES = {path.stem: presets.load(path) for path in CONFIGS}
+PRESETS = [(stem, name) for stem, module in MODULES.items() for name in presets.names(module)]
 FULL_SIZE = ("stable-diffusion-2-1", "stable-diffusion-2", "instruct-pix2pix")
-MODULES = {path.stem: module_of(path) for path in CONFIGS}
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ class Case:
       axes: of stored normals.
       ids: number in the file of every class, or the colour of every class.
       prefix, suffix: of every path and of every line in the list.
+      strip: what the list leaves out of paths.
       count: how many examples are written.
       size: (height, width) of the files.
     """
@@ -36,6 +37,7 @@ class Case:
     columns: tuple[str, ...] = ("rgb", "depth")
     prefix: str = ""
     suffix: str = ""
+    strip: str = ""
     scale: float = 1000.0
     axes: str = "right_up_back"
     ids: tuple = tuple(range(40))
@@ -124,6 +126,25 @@ CASES = [
          "2011_09_26/2011_09_26_drive_0002_sync/image_02/data/000000006{i}.png",
          {"depth": "2011_09_26_drive_0002_sync/proj_depth/groundtruth/image_02/000000006{i}.png"},
          "eigen_val_from_train_800.txt", suffix=" 721.5377", scale=256, **NO_CROP),
+    Case("kitti_eigen", "train",
+         "2011_09_26/2011_09_26_drive_0057_sync/image_02/data/000000011{i}.png",
+         {"depth": "train/2011_09_26_drive_0057_sync/proj_depth/groundtruth/image_02/"
+                   "000000011{i}.png"},
+         "eigen_train_files_with_gt.txt", suffix=" 721.5377", scale=256, strip="train/", **NO_CROP),
+    Case("kitti", "train",
+         "2011_09_26/2011_09_26_drive_0057_sync/image_03/data/000000011{i}.png",
+         {"depth": "train/2011_09_26_drive_0057_sync/proj_depth/groundtruth/image_03/"
+                   "000000011{i}.png"}, scale=256, **NO_CROP),
+    Case("kitti", "val",
+         "2011_10_03/2011_10_03_drive_0047_sync/image_02/data/000000011{i}.jpg",
+         {"depth": "val/2011_10_03_drive_0047_sync/proj_depth/groundtruth/image_02/"
+                   "000000011{i}.png"}, scale=256, **NO_CROP),
+    Case("kitti", "selection",
+         "depth_selection/val_selection_cropped/image/"
+         "2011_09_26_drive_0002_sync_image_000000000{i}_image_02.png",
+         {"depth": "depth_selection/val_selection_cropped/groundtruth_depth/"
+                   "2011_09_26_drive_0002_sync_groundtruth_depth_000000000{i}_image_02.png"},
+         scale=256, **NO_CROP),
     Case("scannet", "test", "scene0568_00/color/00010{i}.jpg",
          {"depth": "scene0568_00/depth/00010{i}.png"}, "scannet_val_sampled_list_800_1.txt"),
     Case("scannet", "test", "scene0806_00/00107{i}_img.png",
@@ -273,7 +294,8 @@ def write_copy(folder, case, rng, count=None):
         write_example(folder, case, number, example)
         examples[case.rgb.format(i=number)] = example
         paths = {"rgb": case.rgb, **case.files}
-        words = [case.prefix + paths.get(c, "nowhere.png").format(i=number) for c in case.columns]
+        words = [paths.get(c, "nowhere.png").format(i=number) for c in case.columns]
+        words = [case.prefix + word.removeprefix(case.strip) for word in words]
         lines.append(" ".join(words) + case.suffix + "\n")
     if case.list_file:
         (folder / case.list_file).write_text("".join(lines))

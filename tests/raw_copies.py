@@ -1,9 +1,14 @@
-"""Miniature copies of published raw data: HDF5 of Hypersim and of NYU Depth v2."""
+"""Miniature copies of published raw data, in the layouts and the file formats of the originals."""
 
 import csv
+import io
+import json
+import struct
+import zlib
 
 import h5py
 import numpy as np
+from PIL import Image
 from scipy.io import savemat
 
 from jaxpercept.data.hypersim import SPLITS_FILE
@@ -37,6 +42,7 @@ def hypersim_frame(rng, size=SIZE):
         "normal_world": normals.astype(np.float16),
         "position": positions.astype(np.float32),
         "render_entity_id": entities,
+        "semantic": rng.choice(np.array([-1, *range(1, 41)], np.int16), size),
     }
 
 
@@ -64,6 +70,10 @@ def write_hypersim(root, frames, split_of=lambda scene: "train", private=()):
         writer.writerows(rows)
 
 
+# Labels, and the class that each belongs to; those of NYU's 40, "other prop" for the last.
+NYU_LABELS = {"book": 23, "lamp": 35, "wall": 1, "floor": 2, "unicycle": 40}
+
+
 def write_nyuv2(root, rng, count=6, train=(2, 5, 1)):
     """The labelled data set of `count` images; returns what it holds, images first."""
     height, width = SIZE
@@ -73,8 +83,112 @@ def write_nyuv2(root, rng, count=6, train=(2, 5, 1)):
         "rawDepths": rng.uniform(0.7, 9.9, (count, width, height)).astype(np.float32),
     }
     arrays["rawDepths"][:, :2] = 0
+    blocks = rng.integers(0, len(NYU_LABELS) + 1, (count, width // 4, height // 4))
+    labels = np.repeat(np.repeat(blocks, 4, 1), 4, 2).astype(np.uint16)
+    counts = rng.integers(0, 3, blocks.shape).repeat(4, 1).repeat(4, 2).astype(np.uint8)
+    arrays |= {"labels": labels, "instances": counts}
     write_hdf5(root / "nyu_depth_v2_labeled.mat", **arrays)
+    with h5py.File(root / "nyu_depth_v2_labeled.mat", "a") as file:
+        # A cell array of MATLAB: references to arrays of characters.
+        cells = file.create_dataset("names", (1, len(NYU_LABELS)), h5py.ref_dtype)
+        for number, name in enumerate(NYU_LABELS):
+            letters = np.array([[ord(letter)] for letter in name], np.uint16)
+            cells[0, number] = file.create_dataset(f"#refs#/{number}", data=letters).ref
+    mapping = np.array([list(NYU_LABELS.values())], np.uint8)
+    savemat(root / "classMapping40.mat", {"mapClass": mapping})
     test = sorted(set(range(1, count + 1)) - set(train))
     splits = {"trainNdxs": np.array(train)[:, None], "testNdxs": np.array(test)[:, None]}
     savemat(root / "splits.mat", splits)
     return arrays
+
+
+# ---- ScanNet -------------------------------------------------------------------------------------
+
+
+def sens_frame(rng, colour_size, depth_size):
+    """Colour, depth in millimetres with holes, and a pose; one in three poses is lost."""
+    depth = rng.integers(300, 9000, depth_size).astype(np.uint16)
+    depth[:2, :3], depth[-1, -1] = 0, 65535
+    pose = np.full((4, 4), -np.inf) if rng.random() < 1 / 3 else rng.standard_normal((4, 4))
+    return {
+        "colour": rng.integers(0, 256, (*colour_size, 3), dtype=np.uint8),
+        "depth": depth,
+        "pose": pose.astype(np.float32),
+    }
+
+
+def write_sens(
+    path, frames, matrix, *, units=1000.0, version=4, colour=2, depth=1, name=b"StructureSensor"
+):
+    """A recording; what is JPEG there is PNG here under the number of JPEG, for exactness.
+
+    Args:
+      matrix: 4 x 4, of the depth camera.
+      colour, depth: how they are compressed; 1 PNG and 2 JPEG, 0 raw and 1 zlib.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    identity = np.eye(4, dtype="<f4").tobytes()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<I", version))
+        file.write(struct.pack("<Q", len(name)) + name)
+        file.write(identity * 2 + np.asarray(matrix, "<f4").tobytes() + identity)
+        file.write(struct.pack("<ii", colour, depth))
+        for array in (frames[0]["colour"], frames[0]["depth"]):
+            file.write(struct.pack("<II", array.shape[1], array.shape[0]))
+        file.write(struct.pack("<f", units) + struct.pack("<Q", len(frames)))
+        for number, frame in enumerate(frames):
+            picture = io.BytesIO()
+            Image.fromarray(frame["colour"]).save(picture, "png")
+            stored = frame["depth"].astype("<u2").tobytes()
+            stored = zlib.compress(stored) if depth == 1 else stored
+            file.write(frame["pose"].astype("<f4").tobytes())
+            file.write(struct.pack("<QQ", 1000 * number, 1000 * number + 7))
+            file.write(struct.pack("<QQ", picture.tell(), len(stored)))
+            file.write(picture.getvalue() + stored)
+        file.write(struct.pack("<Q", 0))  # no measurements of acceleration
+
+
+# ---- streets -------------------------------------------------------------------------------------
+
+CITYSCAPES_CAMERA = {
+    "extrinsic": {"baseline": 0.209313, "pitch": 0.038, "roll": 0.0, "x": 1.7, "y": 0.1,
+                  "yaw": -0.0195, "z": 1.22},
+    "intrinsic": {"fx": 2262.52, "fy": 2265.3017905988554, "u0": 1096.98, "v0": 513.137},
+}  # fmt: skip
+
+
+def write_cityscapes(root, rng, splits=("train", "val", "test"), count=2, size=(16, 32)):
+    """Image, disparity and camera of every picture; returns the two arrays by the image's path."""
+    made = {}
+    for split in splits:
+        for number in range(count):
+            name = f"{split}/aachen/aachen_00000{number}_000019"
+            rgb = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            stored = rng.integers(1400, 30000, size).astype(np.uint16)
+            stored[0, :6] = 0, 0, 1, 2, 1300, 65535  # none, none, infinite, far, far, near
+            camera = json.loads(json.dumps(CITYSCAPES_CAMERA))
+            camera["intrinsic"]["fx"] += 10 * number
+            files = {
+                f"leftImg8bit/{name}_leftImg8bit.png": rgb,
+                f"disparity/{name}_disparity.png": stored,
+            }
+            for path, array in files.items():
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(root / path)
+            path = root / f"camera/{name}_camera.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(camera))
+            made[f"leftImg8bit/{name}_leftImg8bit.png"] = rgb, stored, camera
+    return made
+
+
+def write_kitti_calibration(path, fx=721.5377, cx=609.5593, cy=172.854):
+    """`calib_cam_to_cam.txt`, of which the other cameras' numbers are to be left alone."""
+    lines = ["calib_time: 09-Jan-2012 13:57:47", "corner_dist: 9.950000e-02"]
+    for camera, shift in (("00", 0.0), ("02", 44.85728), ("03", -339.5242)):
+        f = fx if camera == "02" else 999.0
+        numbers = [f, 0, cx, shift, 0, f, cy, 0.2163791, 0, 0, 1, 0.002745884]
+        lines.append(f"S_rect_{camera}: 1.242000e+03 3.750000e+02")
+        lines.append(f"P_rect_{camera}: " + " ".join(f"{number:.6e}" for number in numbers))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")

@@ -21,10 +21,12 @@ from layout_cases import (
 from PIL import Image
 
 from jaxpercept.data.datasets import DATASETS, open_dataset
-from jaxpercept.data.listings import Lists, NoLayoutError, Tree
+from jaxpercept.data.layouts import NoLayoutError
+from jaxpercept.data.listings import Lists, Tree
 from jaxpercept.data.readers import UnreadableFileError
 from jaxpercept.data.row import Dataset
 from jaxpercept.data.rows.build import beside, files
+from jaxpercept.data.scannet_sens import SensFiles
 from jaxpercept.errors import UserError
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -97,13 +99,16 @@ def test_every_layout_has_its_case():
         for name, row in DATASETS.items()
         if row.needs_data_dir
         and name not in ("tfds", "coco_keypoints", "eth3d", "tiny_imagenet")
-        and not {"referred", "instances"} & row.provides
+        and not row.provides <= {"referred", "instances", "caption"}
     }
-    # Normals of Virtual KITTI are one's own; the others are read as their neighbours are.
+    # Containers have tests of their own. Normals of Virtual KITTI are one's own; the others are
+    # read as their neighbours are.
     allowed = {
+        "hypersim": {"classes"},
+        "nyuv2": {"instances"},
         "list": {"normals", "classes"},
         "vkitti": {"normals"},
-        "nyuv2_13": {"depth", "normals"},
+        "nyuv2_13": {"depth", "normals", "instances"},
     }
     assert all(left <= allowed.get(name, set()) for name, left in missing.items()), missing
 
@@ -140,10 +145,13 @@ def test_vkitti_normals_computed_by_oneself(tmp_path, rng):
     assert "depth" not in record
 
 
-def test_eth3d_has_raw_depth_of_one_size(tmp_path, rng):
+@pytest.mark.parametrize("listed", [True, False])
+def test_eth3d_has_raw_depth_of_one_size(tmp_path, rng, listed):
     """Little-endian float32 metres, rows first, inf where nothing was measured."""
-    rgb = "rgb/playground/images/dslr_images/DSC_0581.JPG"
-    raw = "depth/playground_dslr_depth/playground/ground_truth_depth/dslr_images/DSC_0581.JPG"
+    rgb = "playground/images/dslr_images/DSC_0581.JPG"
+    raw = "playground/ground_truth_depth/dslr_images/DSC_0581.JPG"
+    if listed:
+        rgb, raw = f"rgb/{rgb}", f"depth/playground_dslr_depth/{raw}"
     for path in (rgb, raw):
         (tmp_path / path).parent.mkdir(parents=True)
     Image.new("RGB", (6048, 4032), (10, 200, 30)).save(tmp_path / rgb, "png")
@@ -152,7 +160,8 @@ def test_eth3d_has_raw_depth_of_one_size(tmp_path, rng):
     depth[measured] = rng.uniform(1e-4, 200, (100, 200))
     depth[1000, 4500:4503] = (0, 1e-5, 1e-6)  # not above the least that counts
     depth.astype("<f4").tofile(tmp_path / raw)
-    (tmp_path / "eth3d_filename_list.txt").write_text(f"{rgb} {raw}\n")
+    if listed:
+        (tmp_path / "eth3d_filename_list.txt").write_text(f"{rgb} {raw}\n")
     records = open_dataset("eth3d", data_dir=tmp_path, evaluation=True)
     record = records[0]
     assert record["rgb"].shape == (4032, 6048, 3)
@@ -220,8 +229,8 @@ def test_what_was_expected_names_every_list():
             lambda m: " ".join(f"{m[1]}{part}{m[3]}" for part in m[2].split(",")),
             row.layout,
         )
-        for layout in getattr(row.open_source, "keywords", {}).get("layouts", ()):
-            for file in layout.splits.values() if isinstance(layout, Lists) else ():
+        for layout in row.layouts:
+            for file in layout.splits.values() if isinstance(layout, Lists | SensFiles) else ():
                 assert re.search(rf"\b{re.escape(file)}", said), (name, file)
 
 
@@ -327,7 +336,7 @@ def test_other_counts_are_told_both_numbers(tmp_path, rng, caplog):
 def test_counts_follow_the_list_that_is_read(tmp_path, rng):
     row = DATASETS["scannet"]
     assert row.expected == {"test": 800}
-    expected = {layout.expected["test"] for layout in row.open_source.keywords["layouts"]}
+    expected = {layout.expected["test"] for layout in row.layouts}
     assert expected == {800, 300}
     assert DATASETS["kitti_eigen"].expected["test"] == 652
 
@@ -335,13 +344,13 @@ def test_counts_follow_the_list_that_is_read(tmp_path, rng):
 def test_names_of_a_list_have_a_hash(tmp_path, rng):
     case = next(c for c in CASES if str(c).startswith("scannet"))
     write_copy(tmp_path, case, rng)
-    first = open_dataset("scannet", data_dir=tmp_path).names_sha256()
+    first = open_dataset("scannet", data_dir=tmp_path, split="test").names_sha256()
     path = tmp_path / case.list_file
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[::-1]))
-    assert open_dataset("scannet", data_dir=tmp_path).names_sha256() != first
+    assert open_dataset("scannet", data_dir=tmp_path, split="test").names_sha256() != first
     path.write_text("\n\n".join(lines))
-    assert open_dataset("scannet", data_dir=tmp_path).names_sha256() == first
+    assert open_dataset("scannet", data_dir=tmp_path, split="test").names_sha256() == first
     with pytest.raises(UserError, match="come from no list"):
         open_dataset("scenes").names_sha256()
 

@@ -11,7 +11,7 @@ from refcoco_copies import coco, decode, polygon, run_lengths
 from test_data_referring import batches
 
 from jaxpercept.data.datasets import open_dataset
-from jaxpercept.data.listings import NoLayoutError
+from jaxpercept.data.layouts import NoLayoutError
 from jaxpercept.errors import UserError
 
 SIZE = (48, 64)

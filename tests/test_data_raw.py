@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 import raw_copies
-from test_prepare import assert_same_records
+from preparing import assert_same_records
 
 from jaxpercept.data.datasets import open_dataset
 from jaxpercept.data.hypersim import SPLITS_FILE, filled, tone_mapped
@@ -80,6 +80,20 @@ def test_normals_look_at_the_camera(hypersim):
     assert (np.abs(as_they_are - by_rays).max(-1) > 0.1).mean() > 0.2
 
 
+def test_labels_are_classes_of_nyu(hypersim):
+    root, frames = hypersim
+    records = open_dataset("hypersim", split="val", data_dir=root, targets=["classes"])
+    labels, found = frames[FRAMES[2]]["semantic"], records[0]["classes"][..., 0]
+    assert set(records[0]) == {"name", "rgb", "valid", "classes", "labels"}
+    assert records.dataset.class_names[:2] == ("wall", "floor")
+    for label in np.unique(labels):  # 1 is wall
+        assert set(found[labels == label].tolist()) == {255 if label == -1 else int(label) - 1}
+    for path in root.rglob("*semantic.hdf5"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"semantic\.hdf5 is missing; download it or leave classes"):
+        open_dataset("hypersim", split="val", data_dir=root, targets=["classes"])
+
+
 def test_points_at_infinity_take_a_neighbour_s_place(rng):
     points = rng.standard_normal((5, 2, 3)).astype(np.float32)
     expected = points.copy()
@@ -125,7 +139,7 @@ def test_prepared_hypersim_is_the_raw_one(hypersim, tmp_path):
     assert len(rejected) == 4
     for line, name in zip(rejected, names, strict=True):
         assert name in line
-    for targets in (["depth"], ["normals"], ["depth", "normals"]):
+    for targets in (["depth"], ["normals"], ["classes"], ["depth", "normals", "classes"]):
         opened = {"split": "val", "targets": targets}
         raw = open_dataset("hypersim", data_dir=root, **opened)
         assert_same_records(open_dataset("hypersim", data_dir=tmp_path / "to", **opened), raw)
@@ -157,6 +171,11 @@ def assert_same_one(found, expected):
 @pytest.mark.parametrize(
     ("damage", "options", "complaint"),
     [
+        (
+            lambda root: [path.unlink() for path in root.rglob("*depth_meters.hdf5")],
+            {},
+            "depth_meters.hdf5 is missing; download it or leave depth out",
+        ),
         (lambda root: (root / SPLITS_FILE).unlink(), {}, "put Hypersim's evermotion_dataset"),
         (lambda root: (root / SPLITS_FILE).write_text("a,b\n1,2\n"), {}, "KeyError"),
         (lambda root: None, {"split": "test"}, "no image of split 'test'"),
@@ -218,10 +237,57 @@ def test_nyuv2_of_matlab(tmp_path, rng, filled):
         assert_same_records(prepared, records)
 
 
+@pytest.mark.parametrize("name", ["nyuv2", "nyuv2_13"])
+def test_classes_and_things_of_matlab(tmp_path, rng, name):
+    """By loops over pixels and things, as the toolbox has them, and by names of classes."""
+    (tmp_path / "raw").mkdir()
+    arrays = raw_copies.write_nyuv2(tmp_path / "raw", rng)
+    targets = ["depth", "classes", "instances"]
+    prepare(name, tmp_path / "raw", tmp_path / "to")
+    raw, prepared = (
+        open_dataset(name, split="test", data_dir=tmp_path / folder, targets=targets)
+        for folder in ("raw", "to")
+    )
+    assert_same_records(prepared, raw)
+    names = {
+        "nyuv2": {0: "void", 1: "books", 2: "lamp", 3: "wall", 4: "floor", 5: "other prop"},
+        "nyuv2_13": {0: "void", 1: "books", 2: "objects", 3: "wall", 4: "floor", 5: "objects"},
+    }
+    for index, number in enumerate((3, 4, 6)):
+        record = raw[index]
+        labels = arrays["labels"][number - 1].T
+        counts = arrays["instances"][number - 1].T
+        class_names = dict(enumerate(raw.dataset.class_names)) | {255: "void"}
+        for y, x in np.ndindex(labels.shape):
+            found = class_names[int(record["classes"][y, x, 0])]
+            assert found == names[name][int(labels[y, x])]
+        things = [
+            (label, count, (labels == label) & (counts == count))
+            for label in range(1, 6) for count in (1, 2)
+            if ((labels == label) & (counts == count)).any()
+        ]  # fmt: skip
+        assert record["kinds"] == tuple(list(raw_copies.NYU_LABELS)[t[0] - 1] for t in things)
+        assert record["instance"].max() == len(things)
+        for place, (_, _, mask) in enumerate(things, start=1):
+            np.testing.assert_array_equal(record["instance"][..., 0] == place, mask)
+        known = (labels > 0) & (record["depth"][..., 0] > 0)
+        np.testing.assert_array_equal(record["valid"][..., 0], known)
+
+
 def test_what_is_wrong_with_matlab_s_files_is_named(tmp_path, rng):
     raw_copies.write_nyuv2(tmp_path, rng)
-    with pytest.raises(UserError, match="has depth only"):
-        open_dataset("nyuv2", split="train", data_dir=tmp_path, targets=["classes"])
+    opened = {"split": "train", "data_dir": tmp_path}
+    with pytest.raises(UserError, match="leave first_class away"):
+        open_dataset("nyuv2", first_class=1, **opened)
+    with pytest.raises(UserError, match="filled of dataset nyuv2 must be bool, got 'yes'"):
+        open_dataset("nyuv2", filled="yes", **opened)
+    (tmp_path / "classMapping40.mat").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"classMapping40\.mat .*; put the published mapping"):
+        open_dataset("nyuv2", targets=["classes"], **opened)
+    (tmp_path / "classMapping40.mat").unlink()
+    with pytest.raises(UserError, match=r"and classMapping40\.mat for classes"):
+        open_dataset("nyuv2", targets=["classes"], **opened)
+    assert len(open_dataset("nyuv2", targets=["depth", "instances"], **opened)) == 3
     (tmp_path / "splits.mat").write_bytes(b"no")
     with pytest.raises(UserError, match=r"splits\.mat"):
         open_dataset("nyuv2", split="train", data_dir=tmp_path)

@@ -21,7 +21,7 @@ from refcoco_copies import (
 from refcoco_copies import world as make_world
 
 from jaxpercept.data.datasets import DATASETS, open_dataset
-from jaxpercept.data.listings import NoLayoutError
+from jaxpercept.data.layouts import NoLayoutError
 from jaxpercept.data.plain_pickle import load_plain
 from jaxpercept.data.readers import UnreadableFileError
 from jaxpercept.data.references import shared_images

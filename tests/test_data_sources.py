@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from jaxpercept.data.folders import open_folder, open_list
-from jaxpercept.data.listings import Request
+from jaxpercept.data.layouts import Request
 from jaxpercept.data.readers import (
     RawFloat32Reader,
     UnreadableFileError,

@@ -8,7 +8,7 @@ from test_data_phrases import SIZE, union, write_phrases
 
 from jaxpercept.data.datasets import open_dataset
 from jaxpercept.data.instructions import choose_kind
-from jaxpercept.data.listings import NoLayoutError
+from jaxpercept.data.layouts import NoLayoutError
 from jaxpercept.errors import UserError
 
 

@@ -3,10 +3,6 @@
 import csv
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +11,7 @@ import refcoco_copies
 from commands import door, restore_logging  # noqa: F401
 from layout_cases import CASES, write_copy
 from PIL import Image
+from preparing import assert_same, assert_same_records, folder_of
 
 from jaxpercept import prepare as prepare_door
 from jaxpercept.data.datasets import open_dataset
@@ -22,37 +19,8 @@ from jaxpercept.data.pipeline import make_train_dataset
 from jaxpercept.data.prepared import read_header
 from jaxpercept.data.readers import UnreadableFileError
 from jaxpercept.errors import UserError
-from jaxpercept.preparation import pipeline, shards
+from jaxpercept.preparation import pipeline
 from jaxpercept.preparation.pipeline import prepare
-
-
-def assert_same(found, expected):
-    assert set(found) == set(expected)
-    for key, value in expected.items():
-        if isinstance(value, np.ndarray):
-            np.testing.assert_array_equal(found[key], value, strict=True, err_msg=key)
-        else:
-            assert found[key] == value, key
-
-
-def assert_same_records(found, expected):
-    assert len(found) == len(expected)
-    assert found.names_sha256() == expected.names_sha256()
-    for index in range(len(expected)):
-        assert_same(found[index], expected[index])
-
-
-def folder_of(root, rng, count=7, size=(12, 16)):
-    """Images with depth of one's own; JPEG and PNG."""
-    for name in ("rgb", "depth"):
-        (root / name).mkdir(parents=True)
-    for number in range(count):
-        rgb = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-        Image.fromarray(rgb).save(root / f"rgb/{number}.{'jpg' if number % 2 else 'png'}")
-        depth = rng.integers(500, 9000, size).astype(np.uint16)
-        Image.fromarray(depth).save(root / f"depth/{number}.png")
-    return root
-
 
 # ---- what is written is what was there -----------------------------------------------------------
 
@@ -128,24 +96,6 @@ def test_jpeg_files_stay_as_they_are(tmp_path, rng):
     prepare("folder", tmp_path / "raw", tmp_path / "turned")
     raw = open_dataset("folder", data_dir=tmp_path / "raw")
     assert_same_records(open_dataset("folder", data_dir=tmp_path / "turned"), raw)
-
-
-def test_tfds_reads_the_same_files(tmp_path, rng):
-    tfds = pytest.importorskip("tensorflow_datasets")
-    folder_of(tmp_path / "raw", rng)
-    folder = prepare("folder", tmp_path / "raw", tmp_path / "to", shard_size=3, name="mine")
-    rows = tfds.data_source("mine", split="all", data_dir=tmp_path / "to")
-    raw = open_dataset("folder", data_dir=tmp_path / "raw")
-    assert len(rows) == len(raw) == 7
-    for index in range(7):
-        assert rows[index]["name"].decode() == raw[index]["name"]
-        np.testing.assert_array_equal(rows[index]["depth"] / np.float32(1000), raw[index]["depth"])
-        if raw[index]["name"] in "0246":  # decoders of JPEG differ by a grey value or two
-            np.testing.assert_array_equal(rows[index]["rgb"], raw[index]["rgb"])
-    builder = tfds.builder("mine", data_dir=tmp_path / "to")
-    assert builder.info.metadata["row"]["depth_scale"] == 1000
-    assert builder.info.metadata["fields"] == read_header(folder)["fields"]
-    assert builder.info.splits["train"].shard_lengths == [3, 3, 1]
 
 
 def test_splits_are_added(tmp_path, rng):
@@ -241,111 +191,6 @@ def test_half_precision_is_asked_for(tmp_path, rng):
         prepare("hypersim", tmp_path / "raw", tmp_path / "x", store={"normals": "whole16"})
     with pytest.raises(UserError, match="no field depth"):
         prepare("hypersim", tmp_path / "raw", tmp_path / "x", store={"depth": "float32"}, **options)
-
-
-# ---- interruptions -------------------------------------------------------------------------------
-
-
-def hashes(folder):
-    splits = read_header(folder)["splits"]
-    return {split: facts["shard_sha256"] for split, facts in splits.items()}
-
-
-def test_only_what_is_missing_is_written_again(tmp_path, rng, monkeypatch):
-    folder_of(tmp_path / "raw", rng)
-    arguments = ("folder", tmp_path / "raw", tmp_path / "to")
-    folder = prepare(*arguments, shard_size=2)
-    before = hashes(folder)
-    calls = []
-    write = shards._write_records
-    monkeypatch.setattr(
-        shards, "_write_records", lambda plan, shard: calls.append(shard) or write(plan, shard)
-    )
-    assert prepare(*arguments, shard_size=2) == folder
-    assert calls == []
-    files = sorted(folder.glob("*array_record*"))
-    files[1].write_bytes(files[1].read_bytes()[:-1])  # torn
-    files[2].unlink()
-    (folder / "progress/all-00003.json").write_text('{"finger')
-    with pytest.raises(UserError, match="prepare it again"):
-        open_dataset("folder", data_dir=tmp_path / "to")[0]
-    prepare(*arguments, shard_size=2)
-    assert sorted(calls) == [1, 2, 3]
-    assert hashes(folder) == before
-    with pytest.raises(UserError, match="of other files or flags; choose another"):
-        prepare(*arguments, shard_size=3)
-    with pytest.raises(UserError, match="not folder with"):
-        prepare(*arguments, targets=[])
-
-
-# What is started in the background of a shell ignores SIGINT.
-_SLOW = """
-import signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from jaxpercept.preparation import shards
-from jaxpercept import cli, prepare
-check = shards.check
-shards.check = lambda record: time.sleep(0.2) or check(record)
-cli.run(prepare.main, required=prepare.REQUIRED, flag_values=prepare.FLAGS)
-"""
-
-
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_preparation_goes_on(tmp_path, rng, kill):
-    folder_of(tmp_path / "raw", rng)
-    whole = prepare("folder", tmp_path / "raw", tmp_path / "whole", shard_size=2)
-    to = tmp_path / "to"
-    flags = ["--dataset=folder", f"--from={tmp_path / 'raw'}", f"--to={to}", "--shard_size=2"]
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _SLOW, *flags])
-    folder, deadline = to / "folder/1.0.0", time.monotonic() + 120
-    while len(list(folder.glob("progress/*.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(kill)
-    assert process.wait(60) == (-9 if kill == signal.SIGKILL else 130)
-    done = len(list(folder.glob("progress/*.json")))
-    assert 2 <= done < 4
-    with pytest.raises(UserError, match="not prepared completely"):
-        open_dataset("folder", data_dir=to)
-    prepare("folder", tmp_path / "raw", to, shard_size=2)
-    assert hashes(folder) == hashes(whole)
-    raw = open_dataset("folder", data_dir=tmp_path / "raw")
-    assert_same_records(open_dataset("folder", data_dir=to), raw)
-
-
-_SMALL_FILES = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))
-from jaxpercept import cli, prepare
-cli.run(prepare.main, required=prepare.REQUIRED, flag_values=prepare.FLAGS)
-"""
-
-
-def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, rng):
-    folder_of(tmp_path / "raw", rng, count=4, size=(120, 160))
-    to = tmp_path / "to"
-    flags = ["--dataset=folder", f"--from={tmp_path / 'raw'}", f"--to={to}", "--shard_size=2"]
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _SMALL_FILES, *flags],
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 1
-    assert process.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "array_record" in process.stderr
-    assert "Traceback" not in process.stderr
-    assert not list((to / "folder/1.0.0").glob("*writing*"))
-    prepare("folder", tmp_path / "raw", to, shard_size=2)
-    raw = open_dataset("folder", data_dir=tmp_path / "raw")
-    assert_same_records(open_dataset("folder", data_dir=to), raw)
-
-
-def test_several_processes_write_the_same(tmp_path, rng, capfd):
-    folder_of(tmp_path / "raw", rng)
-    one = prepare("folder", tmp_path / "raw", tmp_path / "one", shard_size=2)
-    two = prepare("folder", tmp_path / "raw", tmp_path / "two", shard_size=2, workers=2)
-    assert hashes(one) == hashes(two)
-    assert (two / "progress/workers.log").stat().st_size > 0
-    assert capfd.readouterr().err == ""
 
 
 # ---- damage and bad input ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxpercept.data.geometry import crop
-from jaxpercept.data.listings import Files, Request
+from jaxpercept.data.layouts import Files, Request
 from jaxpercept.data.readers import read_rgb
 from jaxpercept.data.sources import Example, existing_folder
 from jaxpercept.errors import UserError

@@ -7,7 +7,7 @@ several annotations; `kind` tells how it came about ("human", or the name of a t
 import json
 from typing import Any
 
-from jaxpercept.data.listings import Files, Request, no_layout
+from jaxpercept.data.layouts import Files, Request, no_layout
 from jaxpercept.data.references import (
     Annotated,
     Annotations,

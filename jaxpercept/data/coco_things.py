@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxpercept.data.coco_masks import import_coco, mask_of
 from jaxpercept.data.coco_phrases import is_test
-from jaxpercept.data.listings import Files, Request, no_layout
+from jaxpercept.data.layouts import Files, Request, no_layout
 from jaxpercept.data.readers import read_rgb
 from jaxpercept.data.references import Annotations, naming
 from jaxpercept.data.sources import Example, existing_folder

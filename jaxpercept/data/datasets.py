@@ -14,7 +14,7 @@ from jaxtyping import Bool
 
 from jaxpercept.data import prepared
 from jaxpercept.data.crops import CROPS, EVAL_CROPS
-from jaxpercept.data.listings import Request
+from jaxpercept.data.layouts import Request
 from jaxpercept.data.readers import VOID, EmptyMaskError
 from jaxpercept.data.referring import refer
 from jaxpercept.data.row import TARGETS, Dataset
@@ -118,6 +118,10 @@ class Records:
         """
         record: Record = dict(example)
         row = self.dataset
+        if row.camera is not None and {"depth", "normals"} & {*self.targets}:
+            intrinsics = row.camera.at(record["rgb"].shape)
+            if intrinsics is not None:
+                record.setdefault("intrinsics", intrinsics)
         if row.crop is not None:
             rows, columns = CROPS[row.crop](*record["rgb"].shape[:2])
             size = rows.stop - rows.start, columns.stop - columns.start
@@ -271,6 +275,7 @@ def open_dataset(
     )
     if folder is None:
         source = row.open_source(request, **options)
+        row = dataclasses.replace(row, **getattr(source, "facts", {}))
     else:
         # Configs name all options of a row, most with their defaults.
         for option in sorted(key for key in options if options[key] != accepted[key]):
@@ -291,14 +296,22 @@ def open_dataset(
 
 def options_of(name: str) -> dict[str, Any]:
     """The options of a dataset beside `data_dir`, and their defaults; None: what its row says."""
-    own = inspect.signature(DATASETS[name].open_source).parameters
-    options = {key: own[key].default for key in own if key not in _FIXED_BY_ROW}
+    row = DATASETS[name]
+    own = inspect.signature(row.open_source).parameters
+    options = {
+        key: parameter.default
+        for key, parameter in own.items()
+        if key not in _FIXED_BY_ROW and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    for layout in row.layouts:
+        options |= layout.options
     return {**dict.fromkeys(_OVERRIDES), "held_out": 0.0, **options}
 
 
 def _check_kind(row: Dataset, option: str, value: Any) -> None:
     """Whether a value is of the kind that a row's source says it takes, if it says so."""
-    kind = inspect.signature(row.open_source).parameters[option].annotation
+    own = inspect.signature(row.open_source).parameters
+    kind = own[option].annotation if option in own else type(options_of(row.name)[option])
     if kind is inspect.Parameter.empty or not isinstance(kind, type | types.UnionType):
         return
     if not isinstance(value, int | float if kind is float else kind):

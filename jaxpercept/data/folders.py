@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxpercept.data.listings import COMPANIONS, Lists, Request, adapted, open_layouts
+from jaxpercept.data.layouts import Meaning, Request, open_layouts
+from jaxpercept.data.listings import COMPANIONS, Lists, adapted
 from jaxpercept.data.readers import DEPTH_SUFFIXES, RGB_SUFFIXES
 from jaxpercept.data.sources import MASKS, FileSource, existing_folder
 from jaxpercept.errors import UserError
@@ -35,13 +36,14 @@ def open_folder(
     folder = existing_folder(request.data_dir)
     fields = ["rgb", *request.targets]
     for target in request.targets:
-        fields += [c for c in COMPANIONS.get(target, ()) if (folder / c).is_dir()]
+        companions = _SUFFIXES.keys() & set(COMPANIONS.get(target, ()))
+        fields += sorted(c for c in companions if (folder / c).is_dir())
     files = {field: _files_by_stem(folder / field, _SUFFIXES[field]) for field in fields}
     for field in fields[1:]:
         _require_partners(folder, field, files[field], files["rgb"])
     names = sorted(files["rgb"])
     columns = {field: [files[field][name] for name in names] for field in fields}
-    return FileSource(folder, names, columns, adapted({}, normals_axes, first_class))
+    return FileSource(folder, names, columns, adapted({}, Meaning(normals_axes, first_class)))
 
 
 def open_list(

@@ -1,4 +1,4 @@
-"""Hypersim as it is downloaded: HDF5 files of radiance, distance, normals and entities.
+"""Hypersim as it is downloaded: HDF5 files of radiance, distance, normals, classes and entities.
 
 Images, depth and normals are made of them as Marigold makes them (its
 script/depth/dataset_preprocess/hypersim and script/normals/dataset_preprocess/hypersim), so that
@@ -10,22 +10,24 @@ such frames out of its "filtered" lists afterwards.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int32, UInt8
 
-from jaxpercept.data.listings import Files, Layout, Request, open_layouts
-from jaxpercept.data.readers import UnreadableFileError, read_hdf5
-from jaxpercept.data.sources import Example, existing_folder
+from jaxpercept.data.layouts import Files, Layout, Meaning, Request
+from jaxpercept.data.readers import VOID, UnreadableFileError, read_hdf5
+from jaxpercept.data.sources import Example
 from jaxpercept.errors import UserError
 
 SPLITS_FILE = "metadata_images_split_scene_v1.csv"
 ORIENTATIONS = ("positions", "rays", "none")
 
+_KINDS = {"depth": "depth_meters", "normals": "normal_cam", "classes": "semantic"}
 _FOCAL, _WIDTH = 886.81, 1024  # of the cameras, in pixels of pictures so wide
 _GAMMA = 1 / 2.2
 _BRIGHT, _PERCENTILE, _DARK = 0.8, 90, 1e-4
@@ -52,55 +54,66 @@ class Frame(NamedTuple):
         return f"{folder}/frame.{self.number:04d}.{kind}.hdf5"
 
 
-def open_hypersim(
-    request: Request,
-    *,
-    layouts: Sequence[Layout],
-    list_file: str | None = None,
-    normals_axes: str | None = None,
-    first_class: int = 0,
-    orientation: str = "positions",
-):
-    """The downloaded files, or what Marigold's scripts made of them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HypersimFiles(Layout):
+    """The downloaded files.
 
-    Args:
+    Attributes:
+      orientation: what says on which side of a surface the camera is; the normals point to either.
+        "positions" of the points and of the camera (Marigold), which are files of their own;
+        "rays", the direction in which a pixel looks (E2E-FT, Lotus), by the usual intrinsics;
+        "none" leaves the normals as they are.
       list_file: only the images that a list names, such as Marigold's filtered ones.
-      orientation: what says on which side of a surface the camera is, of downloaded files, whose
-        normals point to either: "positions" of the points and of the camera (Marigold), which are
-        files of their own; "rays", the direction in which a pixel looks (E2E-FT, Lotus), by the
-        usual intrinsics; "none" leaves the normals as they are.
-      layouts, normals_axes, first_class: as of `open_layouts`.
-
-    Raises:
-      NoLayoutError: the folder has neither.
-      UserError: a file or an option is wrong.
     """
-    if orientation not in ORIENTATIONS:
-        raise UserError(
-            f"Unknown orientation {orientation!r}; known are {', '.join(ORIENTATIONS)}."
-        )
-    root = existing_folder(request.data_dir)
-    if not any(root.glob("ai_*/images")):
-        return open_layouts(
-            request,
-            layouts=layouts,
-            list_file=list_file,
-            normals_axes=normals_axes,
-            first_class=first_class,
-        )
-    if normals_axes is not None:
-        raise UserError("Hypersim's own files have axes of their own; leave normals_axes away.")
-    frames = _frames(root, request.split)
-    if list_file is not None:
-        frames = _listed(frames, root / list_file)
-    fields = {*request.targets, *request.wished}
-    if "normals" in fields and orientation == "positions":
-        _require_positions(root, frames[0])
-    return HypersimSource(root, frames, fields, orientation)
+
+    OPTIONS: ClassVar = ("orientation",)
+
+    splits: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {split: split for split in ("train", "val", "test")}
+    )
+    orientation: str = "positions"
+    list_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.orientation not in ORIENTATIONS:
+            raise UserError(
+                f"Unknown orientation {self.orientation!r}; known are {', '.join(ORIENTATIONS)}."
+            )
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset(_KINDS)
+
+    def is_there(self, files: Files, split: str, fields: Sequence[str]) -> bool:
+        return any(files.root.glob("ai_*/images"))
+
+    def listed(self, files: Files, split: str, list_file: str) -> HypersimFiles | None:
+        there = self.is_there(files, split, ())
+        return dataclasses.replace(self, list_file=list_file) if there else None
+
+    def open(self, files: Files, request: Request, meaning: Meaning) -> HypersimSource:
+        meaning.refuse("Hypersim's own files")
+        frames = _frames(files, request.split)
+        if self.list_file is not None:
+            frames = _listed(frames, files.root / self.list_file)
+        first = {field: frames[0].file(kind) for field, kind in _KINDS.items()}
+        there = {field for field, path in first.items() if files.find(path) is not None}
+        for field in request.targets:
+            if field not in there:
+                raise UserError(
+                    f"{files.root / first[field]} is missing; download it or leave {field} out of "
+                    "the targets."
+                )
+        fields = {*request.targets, *(there & {*request.wished})}
+        if "normals" in fields and self.orientation == "positions":
+            _require_positions(files.root, frames[0])
+        return HypersimSource(files.root, frames, fields, self.orientation)
 
 
 class HypersimSource:
-    """Examples of downloaded frames: `rgb`, `intrinsics`, `depth` in millimetres and `normals`."""
+    """Examples of downloaded frames: `rgb`, `depth` in millimetres, `normals`, NYU's 40 `classes`,
+    and with depth or normals `intrinsics`, the usual ones (a few scenes tilt the lens).
+    """
 
     def __init__(self, root: Path, frames: Sequence[Frame], fields: set[str], orientation: str):
         self.root, self.frames, self.orientation = str(root), list(frames), orientation
@@ -121,8 +134,10 @@ class HypersimSource:
         example: Example = {
             "name": frame.name,
             "rgb": tone_mapped(self._read(frame, "color", (*size, 3)), entities != -1),
-            "intrinsics": np.array([focal, focal, width / 2, height / 2], np.float32),
         }
+        if {"depth", "normals"} & {*self.fields}:
+            centre = width / 2, height / 2
+            example["intrinsics"] = np.array([focal, focal, *centre], np.float32)
         if "depth" in self.fields:
             planar = planar_depth(self._read(frame, "depth_meters", size), focal)
             if np.isnan(planar).any():
@@ -130,13 +145,13 @@ class HypersimSource:
             example["depth"] = _millimetres(np.where(entities[..., None] == -1, 0, planar))
         if "normals" in self.fields:
             example["normals"] = self._normals(frame, size, focal)
+        if "classes" in self.fields:
+            example["classes"] = nyu40_classes(self._read(frame, "semantic", size))
         return example
 
     def files_of(self, index: int) -> list[str]:
         """The files that an example is read from, the image first."""
-        kinds = ["color", "render_entity_id"]
-        kinds += ["depth_meters"] if "depth" in self.fields else []
-        kinds += ["normal_cam"] if "normals" in self.fields else []
+        kinds = ["color", "render_entity_id", *(_KINDS[field] for field in self.fields)]
         return [os.path.join(self.root, self.frames[index].file(kind)) for kind in kinds]
 
     def _normals(
@@ -215,6 +230,12 @@ def filled(positions: Float[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w 3"]:
     return positions
 
 
+def nyu40_classes(labels: Int[np.ndarray, "h w"]) -> Int32[np.ndarray, "h w 1"]:
+    """Hypersim's labels, NYU's 40 classes from 1 on; -1, and whatever else, is void."""
+    known = (labels >= 1) & (labels <= 40)
+    return np.where(known, labels - 1, VOID).astype(np.int32)[..., None]
+
+
 def _rays(height: int, width: int, focal: float) -> Float[np.ndarray, "h w 3"]:
     """Unit vectors in which pixels look: x right, y up, z towards the viewer."""
     x = np.arange(width) + 0.5 - width / 2
@@ -233,13 +254,13 @@ def _millimetres(metres: Float32[np.ndarray, "h w 1"]) -> Float32[np.ndarray, "h
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def _frames(root: Path, split: str) -> list[Frame]:
+def _frames(files: Files, split: str) -> list[Frame]:
     """The frames of a split, of those that are public, whose images are there.
 
     Raises:
       UserError: the list of frames is missing or damaged, or names none that is there.
     """
-    path = root / SPLITS_FILE
+    path = files.root / SPLITS_FILE
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -253,11 +274,10 @@ def _frames(root: Path, split: str) -> list[Frame]:
             f"Cannot read {path} ({type(error).__name__}: {error}); put Hypersim's "
             "evermotion_dataset/analysis/" + SPLITS_FILE + " there."
         ) from error
-    files = Files(root)
     frames = [frame for frame in frames if files.find(frame.file("color")) is not None]
     if not frames:
         raise UserError(
-            f"{root} has no image of split {split!r} of {SPLITS_FILE}, such as "
+            f"{files.root} has no image of split {split!r} of {SPLITS_FILE}, such as "
             "ai_001_001/images/scene_cam_00_final_hdf5/frame.0000.color.hdf5; check data_dir."
         )
     return frames

@@ -1,8 +1,6 @@
-"""Where the files of a dataset lie: lists and the layouts of published datasets.
+"""Files in folders: lists of them, patterns that find them, and their partners.
 
-A layout says how the examples of a split are found below a folder and which file holds which field.
-A dataset has several where it is published in several ways; the first that is there, and that has
-the wanted targets, is taken.
+These are the layouts (`layouts.py`) of datasets that are published as one file per field.
 """
 
 import abc
@@ -11,103 +9,44 @@ import glob
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from jaxpercept.data.layouts import Files, Layout, Meaning, Request
 from jaxpercept.data.readers import RGB_SUFFIXES, VOID, ClassesReader, NormalsReader
-from jaxpercept.data.sources import MASKS, FileSource, Reader, existing_folder
+from jaxpercept.data.sources import MASKS, FileSource, Reader
 from jaxpercept.errors import UserError
 
 Columns = dict[str, list[str]]  # field -> one path per example, relative to the data folder
 
 # Files that belong to a target, read with it where the layout has them.
-COMPANIONS = {"depth": MASKS, "alpha": ("trimap",)}
-
-
-class NoLayoutError(UserError):
-    """A folder that holds nothing of what was asked for: no layout of the dataset matches."""
-
-
-class Request(NamedTuple):
-    """What of a dataset is to be opened.
-
-    Attributes:
-      name: the dataset's.
-      split: one of its splits.
-      data_dir: folder of the files.
-      resolution: (height, width) of datasets that have none of their own.
-      targets: which files are read beside the image.
-      wished: further fields, read where they are at hand.
-      layout: in words, what the folder must hold.
-      evaluation: whether every example is to be evaluated once, rather than trained on.
-    """
-
-    name: str
-    split: str
-    data_dir: str | Path | None
-    resolution: tuple[int, int]
-    targets: tuple[str, ...]
-    wished: tuple[str, ...] = ()
-    layout: str = ""
-    evaluation: bool = False
-
-
-class Files:
-    """Which files lie below a folder. Every sub-folder is listed once.
-
-    Lists have tens of thousands of lines: a listing per folder is cheaper than a look per file.
-    """
-
-    def __init__(self, root: Path):
-        self.root = root
-        self._listings: dict[str, dict[str, list[str]]] = {}
-
-    def find(self, path: str) -> str | None:
-        """The path if there is such a file; `folder/name.*` finds the first with any suffix."""
-        folder, name = os.path.split(path)
-        if folder not in self._listings:
-            self._listings[folder] = self._list(folder)
-        stem, suffix = os.path.splitext(name)
-        names = self._listings[folder].get(stem, ())
-        if suffix == ".*":
-            return os.path.join(folder, names[0]) if names else None
-        return path if name in names else None
-
-    def _list(self, folder: str) -> dict[str, list[str]]:
-        names: dict[str, list[str]] = {}
-        if (self.root / folder).is_dir():
-            for name in sorted(os.listdir(self.root / folder)):
-                names.setdefault(os.path.splitext(name)[0], []).append(name)
-        return names
+COMPANIONS = {
+    "depth": (*MASKS, "intrinsics"),
+    "normals": ("intrinsics",),
+    "alpha": ("trimap",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout(abc.ABC):
-    """How the examples of a dataset's splits are found.
+class FileLayout(Layout):
+    """Examples of one file per field.
 
     Attributes:
-      splits: split -> the list file, the patterns or the folder that makes it up.
-      partners: field -> (regular expression, replacement): the path of the image with the first
-        replaced by the second is that of the field's file; a replacement that ends in ".*" takes
-        whatever suffix is there.
+      partners: field -> (regular expression, replacement): the path of the image (in a `Tree`, of
+        the file that its patterns match) with the first replaced by the second is that of the
+        field's file; a replacement that ends in ".*" takes whatever suffix is there.
       readers: decoders of fields whose files have an unusual format.
-      expected: split -> how many examples it has as published.
+      needs: field -> further fields without which it cannot be read.
     """
 
-    splits: Mapping[str, Any]
     partners: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     readers: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
-    expected: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def fields(self) -> frozenset[str]:
-        """What its files hold."""
-        return frozenset(self.partners)
-
-    @abc.abstractmethod
-    def is_there(self, files: Files, split: str, fields: Sequence[str]) -> bool:
-        """Whether the split lies in the folder in this layout, with these fields."""
+        return frozenset(self.partners) - {"rgb"}
 
     def has(self, files: Files, split: str, field: str) -> bool:
         """Whether the split, which lies in the folder in this layout, has one more field."""
@@ -121,51 +60,94 @@ class Layout(abc.ABC):
           UserError: a file is missing; it names which.
         """
 
-    def _partner(self, field: str, image: str) -> str:
-        return re.sub(*self.partners[field], image)
+    def listed(self, files: Files, split: str, list_file: str) -> Layout | None:
+        # What the published lists count says nothing about other lists.
+        return dataclasses.replace(self, splits={split: list_file}, expected={})
 
-    def _has_partners(self, files: Files, image: str, fields: Sequence[str]) -> bool:
-        """Whether the files of the other fields are there, judged by the first image.
+    def open(self, files: Files, request: Request, meaning: Meaning) -> FileSource:
+        fields = dict.fromkeys((*request.targets, *self._extras(files, request)))
+        columns = self.columns(files, request.split, tuple(fields))
+        return FileSource(
+            files.root,
+            columns["rgb"],
+            columns,
+            adapted(self.readers, meaning),
+            self.expected.get(request.split),
+            self.facts,
+        )
+
+    def _extras(self, files: Files, request: Request) -> list[str]:
+        """The wished fields and the targets' companions that are there, and what these need."""
+        wished = [
+            f for f in request.wished if f in self.fields and self.has(files, request.split, f)
+        ]
+        read = (*request.targets, *wished)
+        companions = [
+            companion
+            for target in read
+            for companion in COMPANIONS.get(target, ())
+            if companion in self.fields and self._comes_with(files, request.split, companion)
+        ]
+        needed = (need for field in read for need in self.needs.get(field, ()))
+        return [*wished, *companions, *needed]
+
+    def _comes_with(self, files: Files, split: str, companion: str) -> bool:
+        """Whether a companion is to be read: a folder may come without."""
+        return self.has(files, split, companion)
+
+    def _partner(self, field: str, path: str) -> str:
+        return re.sub(*self.partners[field], path)
+
+    def _has_partners(self, files: Files, path: str, fields: Collection[str]) -> bool:
+        """Whether the files of the other fields are there, judged by the first example.
 
         Where these lie in a folder of their own, the folder is enough: then a missing file is the
         fault of that file.
         """
         for field in set(fields) & self.partners.keys():
-            path = self._partner(field, image)
-            folder = os.path.dirname(path)
-            own = folder != os.path.dirname(image) and (files.root / folder).is_dir()
-            if not own and files.find(path) is None:
+            partner = self._partner(field, path)
+            folder = os.path.dirname(partner)
+            # Calibrations may lie among other files; they are not missed.
+            own = folder != os.path.dirname(path) and field != "intrinsics"
+            own = own and (files.root / folder).is_dir()
+            if partner == path or (not own and files.find(partner) is None):
                 return False
         return True
 
-    def _add_partners(self, files: Files, columns: Columns, fields: Sequence[str]) -> Columns:
+    def _add_partners(
+        self, files: Files, columns: Columns, fields: Sequence[str], of: str = "rgb"
+    ) -> Columns:
+        """The columns with those of `fields`, whose paths follow from those of `of`."""
         for field in fields:
             if field in columns:
                 continue
             columns[field] = []
-            for image in columns["rgb"]:
-                path = self._partner(field, image)
-                found = None if path == image else files.find(path)
+            for path in columns[of]:
+                partner = self._partner(field, path)
+                found = None if partner == path else files.find(partner)
                 if found is None:
+                    what = "image" if of == "rgb" else "file"
                     raise UserError(
-                        f"{files.root / image} has no {field}: {path} is not in {files.root}; add "
-                        "it or remove the image."
+                        f"{files.root / path} has no {field}: {partner} is not in {files.root}; "
+                        f"add it or remove the {what}."
                     )
                 columns[field].append(found)
         return columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lists(Layout):
+class Lists(FileLayout):
     """A text file per split with lines like `rgb depth [...]`.
 
     Attributes:
       names: what the words of a line are; words that are no field are not read.
       rooted: paths may begin with a slash that means the data folder.
+      homes: field -> the folders that its paths may be relative to; the first with the file counts.
     """
 
     names: tuple[str, ...] = ("rgb", "depth")
     rooted: bool = False
+    homes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def fields(self) -> frozenset[str]:
@@ -192,13 +174,21 @@ class Lists(Layout):
         if not rows:
             raise UserError(f"The list {path} names no files; check that it is the right one.")
         columns = {
-            field: [row[self.names.index(field)] for row in rows]
+            field: [self._at_home(files, field, row[self.names.index(field)]) for row in rows]
             for field in ("rgb", *fields)
             if field in self.names
         }
         for paths in columns.values():
             _require_files(files, paths, path)
         return self._add_partners(files, columns, fields)
+
+    def _comes_with(self, files: Files, split: str, companion: str) -> bool:
+        # What the lines should name they must name.
+        return companion in self.names or super()._comes_with(files, split, companion)
+
+    def _at_home(self, files: Files, field: str, path: str) -> str:
+        places = (home + path for home in self.homes.get(field, ()))
+        return next((place for place in places if files.find(place) is not None), path)
 
     def _rows(self, path: Path, fields: Sequence[str]) -> list[list[str]]:
         try:
@@ -223,30 +213,41 @@ class Lists(Layout):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tree(Layout):
-    """Every image that a pattern matches; `splits` holds the patterns of each split."""
+class Tree(FileLayout):
+    """Every file that a pattern matches; `splits` holds the patterns of each split.
+
+    Attributes:
+      by: the field whose files the patterns match: the image, or what only some images have.
+    """
 
     splits: Mapping[str, tuple[str, ...]]
+    by: str = "rgb"
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return super().fields | {self.by} - {"rgb"}
 
     def is_there(self, files: Files, split: str, fields: Sequence[str]) -> bool:
-        for pattern in self.splits[split]:
-            for image in glob.iglob(pattern, root_dir=files.root):
-                if _is_image(image):
-                    return self._has_partners(files, image, fields)
-        return False
+        path = next(self._matches(files, split), None)
+        return path is not None and self._has_partners(files, path, {*fields, "rgb"} - {self.by})
 
     def columns(self, files: Files, split: str, fields: Sequence[str]) -> Columns:
-        images = {
-            image
-            for pattern in self.splits[split]
-            for image in glob.iglob(pattern, root_dir=files.root)
-            if _is_image(image)
-        }
-        return self._add_partners(files, {"rgb": sorted(images)}, fields)
+        found = {self.by: sorted(set(self._matches(files, split)))}
+        columns = self._add_partners(files, found, ("rgb", *fields), self.by)
+        return {field: columns[field] for field in ("rgb", *fields)}
+
+    def listed(self, files: Files, split: str, list_file: str) -> Layout | None:
+        return None
+
+    def _matches(self, files: Files, split: str) -> Iterator[str]:
+        for pattern in self.splits[split]:
+            for path in glob.iglob(pattern, root_dir=files.root):
+                if os.path.splitext(path)[1].lower() in RGB_SUFFIXES:
+                    yield path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JsonLines(Layout):
+class JsonLines(FileLayout):
     """A folder of *.jsonl files whose lines are objects with one path per field.
 
     Attributes:
@@ -291,106 +292,26 @@ class JsonLines(Layout):
         return [path] if path.is_file() else sorted(path.glob("*.jsonl"))
 
 
-def open_layouts(
-    request: Request,
-    *,
-    layouts: Sequence[Layout],
-    list_file: str | None = None,
-    normals_axes: str | None = None,
-    first_class: int = 0,
-) -> FileSource:
-    """The files of a request, in the first layout that is there and has its targets.
-
-    Args:
-      list_file: a list of one's own instead of the published one: absolute or relative to the data
-        folder.
-      normals_axes: key of `readers.AXES`, where the files do not follow the layout's.
-      first_class: the number of the first class, where the files count from another one than the
-        layout's; lower numbers are void.
-
-    Raises:
-      NoLayoutError: the folder does not match any layout.
-      UserError: it does, and a file is missing; it names which.
-    """
-    files = Files(existing_folder(request.data_dir))
-    split = request.split
-    usable = [x for x in layouts if set(request.targets) <= x.fields]
-    if list_file is not None:
-        # What the published lists count says nothing about other lists.
-        usable = [
-            dataclasses.replace(x, splits={split: list_file})
-            for x in usable
-            if not isinstance(x, Tree)
-        ]
-        if not usable:
-            raise UserError(
-                f"Dataset {request.name} is not read from lists with "
-                f"{', '.join(request.targets)}; leave list_file out."
-            )
-    else:
-        usable = [
-            x for x in usable if split in x.splits and x.is_there(files, split, request.targets)
-        ]
-    if not usable:
-        raise no_layout(request)
-    layout = usable[0]
-    fields = [*request.targets, *_extras(layout, files, request)]
-    columns = layout.columns(files, split, fields)
-    readers = adapted(layout.readers, normals_axes, first_class)
-    expected = None if list_file else layout.expected.get(split)
-    return FileSource(files.root, columns["rgb"], columns, readers, expected)
-
-
-def adapted(
-    readers: Mapping[str, Reader], normals_axes: str | None, first_class: int
-) -> dict[str, Reader]:
+def adapted(readers: Mapping[str, Reader], meaning: Meaning) -> dict[str, Reader]:
     """The readers, for files whose normals or class numbers mean something else.
 
     Raises:
       UserError: there are no such axes, or no such number.
     """
     readers = dict(readers)
-    if normals_axes is not None:
-        readers["normals"] = NormalsReader(normals_axes)
-    if not 0 <= first_class < VOID:
-        raise UserError(f"first_class must be a number from 0 to {VOID - 1}, got {first_class}.")
-    if first_class:
+    first = meaning.first_class
+    if meaning.normals_axes is not None:
+        readers["normals"] = NormalsReader(meaning.normals_axes)
+    if not 0 <= first < VOID:
+        raise UserError(f"first_class must be a number from 0 to {VOID - 1}, got {first}.")
+    if first:
         classes = readers.get("classes", ClassesReader())
-        table = classes.table or tuple(range(VOID - first_class))
-        readers["classes"] = dataclasses.replace(classes, table=(VOID,) * first_class + table)
+        table = classes.table or tuple(range(VOID - first))
+        readers["classes"] = dataclasses.replace(classes, table=(VOID,) * first + table)
     return readers
 
 
-def _extras(layout: Layout, files: Files, request: Request) -> list[str]:
-    """The wished fields and the targets' companions that are there."""
-    wished = [
-        f for f in request.wished if f in layout.fields and layout.has(files, request.split, f)
-    ]
-    companions = [
-        companion
-        for target in (*request.targets, *wished)
-        for companion in COMPANIONS.get(target, ())
-        if companion in layout.fields
-    ]
-    # A list must name them, whereas a folder may come without.
-    if isinstance(layout, Tree):
-        companions = [f for f in companions if layout.has(files, request.split, f)]
-    return [*wished, *companions]
-
-
-def no_layout(request: Request) -> NoLayoutError:
-    """What to raise where the folder of a request does not hold it."""
-    return NoLayoutError(
-        f"{request.data_dir} holds no split {request.split!r} of {request.name} with "
-        f"{', '.join(request.targets) or 'images'}; expected {request.layout}."
-    )
-
-
 # ---- helpers -------------------------------------------------------------------------------------
-
-
-def _is_image(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in RGB_SUFFIXES
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ from typing import Any
 
 import grain
 
-from jaxpercept.data.listings import Request
+from jaxpercept.data.cameras import Camera
+from jaxpercept.data.layouts import Request
 from jaxpercept.data.readers import UnreadableFileError
 from jaxpercept.data.sources import Example
 from jaxpercept.data.storage import STORAGES, features_of
@@ -231,4 +232,6 @@ def open_prepared(folder: Path, request: Request) -> tuple[PreparedSource, dict[
         )
     fields = fields_of(header, (*request.targets, *request.wished))
     facts = {key: math.inf if value == "inf" else value for key, value in header["row"].items()}
+    if facts.get("camera") is not None:
+        facts["camera"] = Camera(*facts["camera"])
     return PreparedSource(folder, request.split, fields), facts

@@ -9,6 +9,7 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Shaped, UInt8
@@ -266,6 +267,16 @@ def _decode_exr_vectors(exr, path: str) -> Float32[np.ndarray, "h w 3"]:
     raise ValueError(f"expected the channels R, G, B or X, Y, Z, not {', '.join(channels)}")
 
 
+def read_with(path: str | Path, decode: Callable[[bytes], Any]) -> Any:
+    """What `decode` makes of the bytes of a file.
+
+    Raises:
+      UnreadableFileError: the file is missing, or `decode` fails.
+    """
+    data = _read_bytes(path)
+    return _guard(lambda: decode(data), str(path))
+
+
 def read_hdf5(path: str | Path, name: str = "dataset", index: int | None = None) -> np.ndarray:
     """Reads an array of an HDF5 file, or one element of it.
 
@@ -273,17 +284,27 @@ def read_hdf5(path: str | Path, name: str = "dataset", index: int | None = None)
       UnreadableFileError: the file is missing or damaged, or has no such array.
       UserError: the package h5py is not installed.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(
-            f"Reading {path} needs the package h5py; install it with "
-            "`pip install 'jaxpercept[prepare]'`."
-        ) from error
+    h5py = _import_h5py(path)
 
     def read() -> np.ndarray:
         with h5py.File(path) as file:
             return file[name][() if index is None else index]
+
+    return _guard(read, str(path))
+
+
+def read_hdf5_texts(path: str | Path, name: str) -> tuple[str, ...]:
+    """Reads a cell array of strings, as MATLAB writes it into HDF5.
+
+    Raises:
+      UnreadableFileError, UserError: as of `read_hdf5`.
+    """
+    h5py = _import_h5py(path)
+
+    def read() -> tuple[str, ...]:
+        with h5py.File(path) as file:
+            cells = (file[cell][()] for cell in file[name][()].ravel())
+            return tuple("".join(map(chr, letters.ravel().tolist())) for letters in cells)
 
     return _guard(read, str(path))
 
@@ -298,7 +319,7 @@ def _read_bytes(path: str | Path) -> bytes:
         raise UnreadableFileError(_message(str(path), error)) from error
 
 
-def _guard(decode: Callable[[], np.ndarray], name: str) -> np.ndarray:
+def _guard(decode: Callable[[], Any], name: str) -> Any:
     # Damaged files make the decoders raise almost anything (OSError, SyntaxError, struct.error,
     # zlib.error, ValueError ...), hence the broad net: whatever it is, the file is unreadable.
     try:
@@ -350,6 +371,17 @@ def _decode_png16(data: bytes) -> np.ndarray:
 
 def _decode_npy(data: bytes) -> np.ndarray:
     return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _import_h5py(path: str | Path):
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(
+            f"Reading {path} needs the package h5py; install it with "
+            "`pip install 'jaxpercept[prepare]'`."
+        ) from error
+    return h5py
 
 
 def _import_openexr(path: str | Path):

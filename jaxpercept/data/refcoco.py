@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpercept.data.listings import Files, Request, no_layout
+from jaxpercept.data.layouts import Files, Request, no_layout
 from jaxpercept.data.plain_pickle import load_plain
 from jaxpercept.data.refcoco_tfds import TFDSReferences
 from jaxpercept.data.references import (

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from jaxpercept.data.coco_masks import Segmentation, import_coco, mask_of
-from jaxpercept.data.listings import Files
+from jaxpercept.data.layouts import Files
 from jaxpercept.data.readers import UnreadableFileError, read_mask, read_rgb
 from jaxpercept.data.sources import Example
 from jaxpercept.errors import UserError

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxpercept.data.cameras import Camera
+from jaxpercept.data.layouts import Layout
 from jaxpercept.data.palettes import PALETTES, Colour
 
 TARGETS = ("depth", "normals", "alpha", "classes", "keypoints", "referred", "instances")
@@ -32,10 +34,11 @@ class Dataset:
       alignment_max_resolution: long side of the grid on which the fit is solved; None means all.
       depth_masks_normals: normals are 0 where the depth is invalid (GenPercept), wherever depth is
         at hand.
+      camera: of all pictures, where they share one and their files do not say it.
       labels: key of `PALETTES`: what the classes are.
       keypoint_names, flip_pairs: of the keypoints, and which of them a mirror exchanges.
       expected: split -> how many examples it has as published (other lists of the same data have
-        other lengths; `listings.Layout.expected` holds them).
+        other lengths; `layouts.Layout.expected` holds them).
       exact: the splits whose name may not be used for any other number of examples.
       needs_data_dir: whether files are read.
     """
@@ -56,6 +59,7 @@ class Dataset:
     alignment: str = "least_square"
     alignment_max_resolution: int | None = None
     depth_masks_normals: bool = False
+    camera: Camera | None = None
     labels: str | None = None
     keypoint_names: tuple[str, ...] = ()
     flip_pairs: tuple[tuple[int, int], ...] = ()
@@ -83,10 +87,14 @@ class Dataset:
         """The classes' colours, 8-bit RGB."""
         return PALETTES[self.labels].colours if self.labels else ()
 
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """In which its files may lie, where `layouts.open_layouts` opens them."""
+        return tuple(getattr(self.open_source, "keywords", {}).get("layouts", ()))
+
     def splits_with(self, targets: Sequence[str]) -> tuple[str, ...]:
         """The splits that have these targets."""
-        layouts = getattr(self.open_source, "keywords", {}).get("layouts")
-        if layouts is None:
+        if not self.layouts:
             return tuple(self.splits)
-        fitting = [x for x in layouts if set(targets) <= x.fields]
+        fitting = [x for x in self.layouts if set(targets) <= x.fields]
         return tuple(s for s in self.splits if any(s in x.splits for x in fitting))

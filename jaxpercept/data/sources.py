@@ -3,8 +3,8 @@
 A source is anything with `__len__` and `__getitem__(index) -> dict` that can be pickled to a worker
 process. The dict holds `name` (str), `rgb` uint8 [h, w, 3] and what else there is: `depth` float32
 [h, w, 1] in the units of the file, `mask` bool [h, w, 1] (where the depth is valid), `normals`,
-`alpha`, `trimap`, `classes`, `keypoints`, `box`, `caption`, `instance`, `phrases` and `kinds` as in
-a record (`datasets.Records`).
+`alpha`, `trimap`, `classes`, `keypoints`, `box`, `caption`, `instance`, `phrases`, `kinds` and
+`intrinsics` as in a record (`datasets.Records`).
 What a depth means (units, valid range, crop) is the business of `datasets.py`; where the files of a
 dataset lie, that of `listings.py`. Paths are checked when a source is built, so that a wrong one is
 reported before anything is compiled.
@@ -56,9 +56,10 @@ class FileSource:
       root: folder that the paths are relative to.
       names: one name per example.
       columns: field -> one relative path per example; fields `rgb`, `depth`, `normals`, `alpha`,
-        `trimap`, `classes` and those of `MASKS`.
+        `trimap`, `classes`, `intrinsics` and those of `MASKS`, the image first.
       readers: decoders of fields whose files have an unusual format.
       expected: how many examples the split has as published, where that is known.
+      facts: attributes of the dataset's row that are others for these files.
     """
 
     def __init__(
@@ -68,11 +69,13 @@ class FileSource:
         columns: Mapping[str, Sequence[str]],
         readers: Mapping[str, Reader] | None = None,
         expected: int | None = None,
+        facts: Mapping[str, Any] | None = None,
     ):
         self.root = str(root)
         self.names = list(names)
         self.columns = {field: list(paths) for field, paths in columns.items()}
         self.expected = expected
+        self.facts = dict(facts or {})
         self._readers = _READERS | dict(readers or {})
 
     def __len__(self) -> int:
@@ -82,7 +85,7 @@ class FileSource:
         example: Example = {"name": self.names[index]}
         for field, paths in self.columns.items():
             example[field] = self._readers[field](os.path.join(self.root, paths[index]))
-            if example[field].shape[:2] != example["rgb"].shape[:2]:
+            if field != "intrinsics" and example[field].shape[:2] != example["rgb"].shape[:2]:
                 raise UnreadableFileError(
                     f"{field} of {self.names[index]} has size {example[field].shape[:2]} but its "
                     f"image has {example['rgb'].shape[:2]}; both must be the same."
@@ -98,7 +101,8 @@ class FileSource:
         """The examples whose names are to be kept: no published number is expected of them."""
         kept = [i for i, name in enumerate(self.names) if keep(name)]
         columns = {field: [paths[i] for i in kept] for field, paths in self.columns.items()}
-        return FileSource(self.root, [self.names[i] for i in kept], columns, self._readers)
+        names = [self.names[i] for i in kept]
+        return FileSource(self.root, names, columns, self._readers, facts=self.facts)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root}, {len(self)} examples)"

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxpercept.data.datasets import DATASETS, open_dataset
-from jaxpercept.data.listings import NoLayoutError
+from jaxpercept.data.layouts import NoLayoutError
 from jaxpercept.data.row import Dataset
 from jaxpercept.errors import UserError
 from jaxpercept.inference.evaluator import EvalResult

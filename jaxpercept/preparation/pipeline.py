@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import threading
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +16,25 @@ from tqdm import tqdm
 
 from jaxpercept.data.datasets import DATASETS, TARGETS, Records, open_dataset
 from jaxpercept.data.prepared import (
-    FORMAT,
     HEADER,
     PROGRESS,
     names_file,
     read_header,
     tfds_name,
-    tfds_split,
 )
 from jaxpercept.data.readers import EmptyMaskError, UnreadableFileError
 from jaxpercept.data.row import Dataset
 from jaxpercept.data.sources import names_hash
-from jaxpercept.data.storage import STORAGES, choose, features_of
+from jaxpercept.data.storage import STORAGES, choose
 from jaxpercept.errors import UserError
 from jaxpercept.preparation.beam import run
+from jaxpercept.preparation.header import MEANING, header_of, row_facts, write_metadata
 from jaxpercept.preparation.report import write_report
-from jaxpercept.preparation.shards import REJECTED, Plan, write_shard
+from jaxpercept.preparation.shards import REJECTED, Plan, files_of, write_shard
 
 # From so many examples, spread over the split, it is seen how fields can be stored.
 _PROBES = 16
 _POLL_SECONDS = 0.5
-# What a header says of the row; `open_dataset` takes it over.
-_OF_ROW = ("depth_scale", "min_depth", "max_depth", "crop", "eval_crop")
-# What the numbers mean, in the words of the header.
-_MEANING = {
-    "rgb": "8-bit sRGB, upright",
-    "depth": "planar depth (along the optical axis) in units of 1 / depth_scale metres; valid "
-    "strictly between min_depth and max_depth, and where mask, if there is one, is set",
-    "normals": "unit vectors in the camera's frame, x right, y up, z towards the viewer; 0 where "
-    "there is none",
-    "alpha": "the share of the foreground; whole numbers are to be divided by their largest",
-    "trimap": "0 background, 128 unknown, 255 foreground",
-    "classes": "numbers into class_names; 255 is void",
-    "mask": "1 where the target is valid",
-    "instance": "0 where nothing is, else the number of the thing",
-    "keypoints": "x, y in pixels (the middle of the first at 0.5) and 0 absent, 1 occluded, "
-    "2 visible",
-    "box": "left, top, right, bottom in pixels",
-    "phrases": "what names which instance",
-    "kinds": "what the instances from 1 on are",
-    "caption": "what the picture shows, in words",
-    "intrinsics": "fx, fy, cx, cy in pixels",
-    "name": "of the example in the files that it comes from",
-}
 
 
 def prepare(
@@ -123,6 +97,7 @@ def prepare(
         raise UserError(f"The scenes of {dataset} have no end; say with --limit how many you want.")
     name = tfds_name(name or dataset)
     opened = _open_all(row, source, splits, targets, options, resolution)
+    _check_one_layout(opened)
     folder = Path(target) / name / version
     if source is not None and folder.resolve() == Path(source).resolve():
         raise UserError(f"{folder} holds the files to be read; choose another folder for --to.")
@@ -199,13 +174,31 @@ def _all_targets(opened: Any, row: Dataset) -> tuple[str, ...]:
     return together
 
 
+def _check_one_layout(opened: Mapping[str, Records]) -> None:
+    """Whether one header can say of all splits what their numbers mean.
+
+    Raises:
+      UserError: their files lie in layouts with other units or ranges.
+    """
+    (first, records), *others = opened.items()
+    facts = row_facts(records.dataset)
+    for split, other in others:
+        for key, value in row_facts(other.dataset).items():
+            if value != facts[key]:
+                raise UserError(
+                    f"The splits {first} and {split} of {records.dataset.name} lie in layouts with "
+                    f"{key} {facts[key]} and {value}; prepare them one by one, with --splits and "
+                    "--name."
+                )
+
+
 def _storages(opened: Mapping[str, Records], store: Mapping[str, str]) -> dict[str, str]:
     """How the fields are stored, chosen by looking at some examples of all splits."""
     examples = [example for records in opened.values() for example in _probes(records)]
     if not examples:
         first = next(iter(opened.values()))
         raise UserError(f"No example of dataset {first.dataset.name} can be read; check the files.")
-    fields = [f for f in examples[0] if f in _MEANING and all(f in other for other in examples)]
+    fields = [f for f in examples[0] if f in MEANING and all(f in other for other in examples)]
     for field, name in store.items():
         if field not in fields:
             raise UserError(f"There is no field {field} to store; there are {', '.join(fields)}.")
@@ -240,7 +233,7 @@ def _plan(
     names = getattr(records.source, "names", None)
     decides = {
         "dataset": records.dataset.name,
-        "row": _row_facts(records.dataset),
+        "row": row_facts(records.dataset),
         "split": records.split,
         "targets": records.targets,
         "storages": dict(storages),
@@ -357,60 +350,13 @@ def _finish(folder: Path, plans: Sequence[Plan], old: Mapping | None, row: Datas
             "bytes": sum(summary["bytes"] for summary in summaries[split]),
             "names_sha256": names_hash(names),
             "source_sha256": hashlib.sha256(origins.encode()).hexdigest(),
+            "source_sha256_of": "files" if files_of(plan.records.source, 0) else "records",
             "origin": repr(plan.records.source),
         }
     first = plans[0]
-    dataset = first.records.dataset
-    header = {
-        "format": FORMAT,
-        "dataset": row.name,
-        "licence": row.licence,
-        "targets": list(first.records.targets),
-        "fields": dict(first.storages),
-        "meaning": {field: _MEANING[field] for field in first.storages},
-        "row": _row_facts(dataset),
-        "class_names": list(dataset.class_names),
-        "splits": splits,
-        "written_by": f"jaxpercept {installed('jaxpercept')}",
-    }
-    _write_metadata(folder, first.name, header)
+    header = header_of(first.records.dataset, first.records.targets, first.storages, splits)
+    write_metadata(folder, first.name, header)
     write_report(folder, header, summaries)
-
-
-def _write_metadata(folder: Path, name: str, header: Mapping[str, Any]) -> None:
-    """What makes a folder with shards a dataset of TFDS; the header is its metadata."""
-    import tensorflow_datasets as tfds
-
-    infos = [
-        tfds.core.SplitInfo(
-            name=tfds_split(split),
-            shard_lengths=facts["shard_lengths"],
-            num_bytes=facts["bytes"],
-            filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=folder,
-                dataset_name=name,
-                split=tfds_split(split),
-                filetype_suffix="array_record",
-            ),
-        )
-        for split, facts in header["splits"].items()
-    ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=features_of(header["fields"], decoded=True),
-        split_infos=infos,
-        version=folder.name,
-        check_data=False,
-        description=f"{header['dataset']}, prepared by {header['written_by']}. "
-        f"Licence: {header['licence']}.",
-        metadata=tfds.core.MetadataDict(header),
-    )
-
-
-def _row_facts(row: Dataset) -> dict[str, Any]:
-    facts = {key: getattr(row, key) for key in _OF_ROW}
-    # JSON has no infinity.
-    return {key: "inf" if value == math.inf else value for key, value in facts.items()}
 
 
 def _published(plan: Plan) -> int | None:
@@ -428,6 +374,13 @@ def _check_same(folder: Path, old: Mapping | None, row: Dataset, plans: Sequence
             f"{folder} holds {old['dataset']} with the fields {old['fields']}, not {row.name} with "
             f"{plans[0].storages}; {remedy}."
         )
+    facts = row_facts(plans[0].records.dataset)
+    for key in facts.keys() & (old or {"row": {}})["row"].keys():
+        if old["row"][key] != facts[key]:
+            raise UserError(
+                f"{folder} holds splits whose {key} is {old['row'][key]}, not {facts[key]}; "
+                f"{remedy}."
+            )
     for plan in plans:
         for path in sorted(Path(folder, PROGRESS).glob(f"{plan.records.split}-*.json"))[:1]:
             if json.loads(path.read_text())["fingerprint"] != plan.fingerprint:

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from jaxpercept.data.prepared import PreparedSource
+from jaxpercept.data.readers import VOID
 from jaxpercept.data.sources import Example
 from jaxpercept.inference.panel import colour_limits, grey, panel, spectral
 
@@ -46,13 +47,15 @@ def write_report(folder: Path, header: Mapping[str, Any], summaries: Summaries) 
         _write_table(report / f"rejected-{split}.csv", rejected)
         source = PreparedSource(folder, split, list(header["fields"]))
         chosen = np.unique(np.linspace(0, len(source) - 1, _EXAMPLES, dtype=np.int64))
-        rows = [drawn(source[int(index)]) for index in chosen]
+        rows = [drawn(source[int(index)], header["palette"]) for index in chosen]
         Image.fromarray(panel(rows)).save(report / f"examples-{split}.png")
     (report / "index.html").write_text(_page(folder, header))
 
 
-def drawn(example: Example) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
-    """Pictures of an example's maps, by their names."""
+def drawn(
+    example: Example, palette: Sequence[Sequence[int]] = ()
+) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+    """Pictures of an example's maps, by their names; classes in the colours of `palette`."""
     pictures = {"rgb": example["rgb"]}
     if "depth" in example:
         depth = example["depth"][..., 0]
@@ -65,17 +68,21 @@ def drawn(example: Example) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
         pictures["normals"] = np.rint((example["normals"] + 1) * 127.5).astype(np.uint8)
     if "alpha" in example:
         pictures["alpha"] = grey(example["alpha"][..., 0])
-    for field in ("classes", "instance"):
-        if field in example:
-            pictures[field] = _in_colours(example[field][..., 0])
+    if "classes" in example:
+        table = _any_colours()
+        table[: len(palette)] = np.array(palette, np.uint8).reshape(-1, 3)
+        table[VOID] = 0
+        pictures["classes"] = table[example["classes"][..., 0]]
+    if "instance" in example:
+        table = _any_colours()
+        table[0] = 0
+        pictures["instance"] = table[example["instance"][..., 0]]
     return pictures
 
 
-def _in_colours(numbers: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-    """Any colours, the same for the same number; 0 is black."""
-    table = np.random.default_rng(0).integers(40, 256, (65536, 3)).astype(np.uint8)
-    table[0] = 0
-    return table[numbers]
+def _any_colours() -> UInt8[np.ndarray, "65536 3"]:
+    """A colour for every number, the same in every report; none is black."""
+    return np.random.default_rng(0).integers(40, 256, (65536, 3)).astype(np.uint8)
 
 
 def reasons(rejected: Iterable[Mapping[str, Any]]) -> collections.Counter[str]:

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from jaxpercept.data.listings import Layout, Lists, Tree, open_layouts
+from jaxpercept.data.layouts import Layout, open_layouts
+from jaxpercept.data.listings import Lists, Tree
 from jaxpercept.data.readers import NormalsReader
 from jaxpercept.data.row import TARGETS
 

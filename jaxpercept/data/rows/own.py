@@ -4,7 +4,8 @@ import functools
 
 from jaxpercept.data.folders import FOLDER_TARGETS, open_folder, open_list
 from jaxpercept.data.joints import FLIP_PAIRS, KEYPOINTS
-from jaxpercept.data.listings import JsonLines, Request
+from jaxpercept.data.layouts import Request
+from jaxpercept.data.listings import JsonLines
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.data.readers import ClassesReader
 from jaxpercept.data.row import Dataset

@@ -1,5 +1,8 @@
 """Rows of masks, mattes, classes and keypoints."""
 
+from collections.abc import Sequence
+
+from jaxpercept.data.cameras import read_cityscapes, read_cityscapes_depth
 from jaxpercept.data.coco import open_coco_keypoints
 from jaxpercept.data.joints import FLIP_PAIRS, KEYPOINTS
 from jaxpercept.data.listings import Tree
@@ -7,6 +10,31 @@ from jaxpercept.data.palettes import CITYSCAPES_IDS
 from jaxpercept.data.readers import VOID, ClassesReader
 from jaxpercept.data.row import Dataset
 from jaxpercept.data.rows.build import beside, either, files, lists
+
+_CITYSCAPES = {
+    "depth": "disparity/{}_disparity.png",
+    "classes": "gtFine/{}_gtFine_labelIds.png",
+    "intrinsics": "camera/{}_camera.json",
+}
+
+
+def _cityscapes_tree(targets: Sequence[str], **expected: int) -> Tree:
+    return Tree(
+        splits={split: (f"leftImg8bit/{split}/*/*_leftImg8bit.png",) for split in expected},
+        partners={
+            field: (r"leftImg8bit/(.*)_leftImg8bit\.png$", _CITYSCAPES[field].format(r"\1"))
+            for field in (*targets, "intrinsics")
+        },
+        readers={
+            "classes": ClassesReader(tuple(CITYSCAPES_IDS.get(i, VOID) for i in range(34))),
+            "depth": read_cityscapes_depth,
+            "intrinsics": read_cityscapes,
+        },
+        needs={"depth": ("intrinsics",)},
+        facts={"depth_scale": 1.0},
+        expected=expected,
+    )
+
 
 ROWS = (
     Dataset(
@@ -110,22 +138,13 @@ ROWS = (
         "cityscapes",
         **files(
             lists(train="train.txt", test="test.txt"),
-            Tree(
-                splits={s: (f"leftImg8bit/{s}/*/*_leftImg8bit.png",) for s in ("train", "val")},
-                partners={
-                    "classes": (
-                        r"leftImg8bit/(.*)_leftImg8bit\.png$",
-                        r"gtFine/\1_gtFine_labelIds.png",
-                    )
-                },
-                readers={
-                    "classes": ClassesReader(tuple(CITYSCAPES_IDS.get(i, VOID) for i in range(34)))
-                },
-                expected={"train": 2975, "val": 500},
-            ),
+            _cityscapes_tree(("depth", "classes"), train=2975, val=500),
+            _cityscapes_tree(("depth",), test=1525),  # whose labels are not published
         ),
-        layout="leftImg8bit/{train,val}/CITY/*_leftImg8bit.png with gtFine/{train,val}/CITY/"
-        "*_gtFine_labelIds.png, or for depth train.txt and test.txt with lines `rgb depth`",
+        layout="leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png with gtFine/.../CITY/"
+        "*_gtFine_labelIds.png for classes, disparity/.../CITY/*_disparity.png and "
+        "camera/.../CITY/*_camera.json for depth, or for depth train.txt and test.txt with lines "
+        "`rgb depth`",
         depth_scale=300.0,
         min_depth=1e-5,
         max_depth=80.0,

@@ -204,15 +204,17 @@ def test_a_tiny_decoder_is_taught_by_the_autoencoder(base, data, tmp_path):
     _, after = load_model(str(tmp_path / "run"))
     assert {name.split(".")[0] for name in changed(params, after)} == {"decoder/decoder"}
     photograph = np.random.default_rng().integers(0, 256, (*tiny_run.SIZE, 3)).astype(np.uint8)
-    before, out = (
-        PerceptionPipeline.from_pretrained(str(model))(photograph)
-        for model in (base, tmp_path / "run")
-    )
-    np.testing.assert_allclose(out.latent, before.latent, atol=1e-5)
-    fast = decode_latents(networks[0], after["decoder"], jnp.asarray(out.latent))
-    expected = perception.task.to_prediction(fast)
-    np.testing.assert_allclose(out.prediction, np.asarray(expected), atol=1e-4)
-    assert np.abs(before.prediction - out.prediction).max() > 0.01
+    pipe = PerceptionPipeline.from_pretrained(str(tmp_path / "run"))
+    out = pipe(photograph, processing_resolution=0)
+    image = perception.encode(params, to_signed(photograph[None]))
+    latent = perception.one_step(params, image, timesteps[:1])
+    np.testing.assert_allclose(out.latent, latent, atol=1e-5)
+    decoded = [
+        perception.task.to_prediction(decode_latents(network, after[part], latent))
+        for network, part in zip(networks, ("decoder", "vae"), strict=True)
+    ]
+    np.testing.assert_allclose(out.prediction, np.asarray(decoded[0]), atol=1e-4)
+    assert np.abs(out.prediction - np.asarray(decoded[1])).max() > 0.01
 
 
 def test_only_a_tiny_decoder_has_a_teacher(base):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxpercept.training.communication import sent_by_kind
 
 # Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
-_PEAK = {
+PEAK = {
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
@@ -77,7 +77,7 @@ class Clock:
     def __init__(self, batch_size: int, flops: float):
         self._batch_size, self._flops = batch_size, flops
         kind = jax.devices()[0].device_kind
-        self._peak = next((peak for name, peak in _PEAK.items() if name in kind), 0.0)
+        self._peak = next((peak for name, peak in PEAK.items() if name in kind), 0.0)
         self.start()
 
     def start(self) -> None:

@@ -81,9 +81,14 @@ def expected_sent(params: Any, mesh: Mesh, accumulate: int = 1) -> dict[str, flo
         x.size * x.dtype.itemsize // (tensor if "tensor" in x.sharding.spec else 1)
         for x in jax.tree.leaves(params)
     )
+    return sent_by_axis(accumulate * held, data, fsdp)
+
+
+def sent_by_axis(weights: int, data: int, fsdp: int) -> dict[str, float]:
+    """`expected_sent` of so many bytes of weights and a mesh of these sizes."""
     return {
-        "fsdp": accumulate * held * 2 * (fsdp - 1) / fsdp,
-        "data": accumulate * held * 2 * (data - 1) / data / fsdp,
+        "fsdp": weights * 2 * (fsdp - 1) / fsdp,
+        "data": weights * 2 * (data - 1) / data / fsdp,
     }
 
 

@@ -8,6 +8,7 @@ import zlib
 
 import h5py
 import numpy as np
+from layout_cases import CASES, write_copy
 from PIL import Image
 from scipy.io import savemat
 
@@ -192,3 +193,45 @@ def write_kitti_calibration(path, fx=721.5377, cx=609.5593, cy=172.854):
         lines.append(f"P_rect_{camera}: " + " ".join(f"{number:.6e}" for number in numbers))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
+
+
+# ---- all -----------------------------------------------------------------------------------------
+
+
+def _hypersim(root, rng):
+    frames = {("ai_001_001", "cam_00", n): hypersim_frame(rng) for n in range(2)}
+    write_hypersim(root, frames)
+
+
+def _scannet(root, rng):
+    matrix = np.array([[14.4, 0, 7.9, 0], [0, 14.5, 5.9, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    frames = [sens_frame(rng, (24, 32), (12, 16)) for _ in range(2)]
+    write_sens(root / "scans/scene0000_00/scene0000_00.sens", frames, matrix)
+    (root / "scannetv2_train.txt").write_text("scene0000_00\n")
+
+
+def _diode(root, rng):
+    case = next(c for c in CASES if (c.dataset, c.split) == ("diode", "train"))
+    write_copy(root, type(case)(**vars(case) | {"size": (12, 16)}), rng)
+
+
+def _nyuv2(root, rng):
+    root.mkdir()
+    write_nyuv2(root, rng)
+
+
+def _case(name):
+    return lambda root, rng: write_copy(root, next(c for c in CASES if str(c) == name), rng)
+
+
+# Dataset -> (what writes a raw copy into a folder, the split, options).
+RAW = {
+    "hypersim": (_hypersim, "train", {}),
+    "scannet": (_scannet, "train", {"every": 1}),
+    "nyuv2": (_nyuv2, "train", {}),
+    "diode": (_diode, "train", {}),
+    "cityscapes": (write_cityscapes, "train", {}),
+    "ibims1": (_case("ibims1-test-depth-rgb"), "test", {}),
+    "kitti": (_case("kitti-train-depth-2011_09_26"), "train", {"crop": "none"}),
+    "taskonomy": (_case("taskonomy-train-depth-allensville_rgb"), "train", {}),
+}

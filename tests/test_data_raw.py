@@ -8,6 +8,7 @@ from preparing import assert_same_records
 
 from jaxpercept.data.datasets import open_dataset
 from jaxpercept.data.hypersim import SPLITS_FILE, filled, tone_mapped
+from jaxpercept.data.pipeline import make_train_dataset
 from jaxpercept.data.readers import UnreadableFileError
 from jaxpercept.errors import UserError
 from jaxpercept.preparation.pipeline import prepare
@@ -291,3 +292,35 @@ def test_what_is_wrong_with_matlab_s_files_is_named(tmp_path, rng):
     (tmp_path / "splits.mat").write_bytes(b"no")
     with pytest.raises(UserError, match=r"splits\.mat"):
         open_dataset("nyuv2", split="train", data_dir=tmp_path)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", raw_copies.RAW)
+def test_raw_copies_make_batches(tmp_path, rng, name):
+    """Alone and mixed with scenes, some of which have intrinsics and some not."""
+    write, split, options = raw_copies.RAW[name]
+    write(tmp_path / "raw", rng)
+    options = {"data_dir": tmp_path / "raw", "split": split, **options}
+    for mixture in ([(name, 1.0, options)], [(name, 0.5, options), ("scenes", 0.5, {"size": 4})]):
+        data = make_train_dataset(mixture, resolution=(8, 16), batch_size=2, seed=0)
+        iterator = iter(data)
+        batches = [next(iterator) for _ in range(3)]
+        iterator.close()
+        for batch in batches:
+            assert batch["rgb"].shape == (2, 8, 16, 3)
+            assert batch["valid"].any(axis=(1, 2, 3)).all()
+            assert np.isfinite(batch["depth_range"]).all()
+
+
+@pytest.mark.parametrize("name", ["hypersim", "nyuv2"])
+def test_raw_classes_make_batches(tmp_path, rng, name):
+    write, split, options = raw_copies.RAW[name]
+    write(tmp_path / "raw", rng)
+    mixture = [(name, 1.0, {"data_dir": tmp_path / "raw", "split": split, **options})]
+    fields = ("rgb", "classes", "valid")
+    data = make_train_dataset(mixture, resolution=(8, 16), batch_size=2, seed=0, fields=fields)
+    batch = next(iter(data))
+    assert batch["classes"].shape == (2, 8, 16, 1)
+    assert set(np.unique(batch["classes"][batch["valid"]]).tolist()) <= set(range(40))

@@ -170,6 +170,7 @@ def test_a_damaged_frame_is_named(scans, number):
         ("scene0000_00", {"first_class": 1}, "Recordings say themselves.*leave first_class away"),
         ("kitchen", {}, "names kitchen, which is no scene like scene0191_00"),
         ("scene0707_00", {}, "holds no recording of a scene of"),
+        ("scene0000_01/color/000003.jpg", {}, "frame 3 of scene0000_01, which has 3; check"),
         ("scene0707_00/color/000001.jpg", {}, r"scene0707_00\.sens is not in .*; download it"),
     ],
 )

@@ -151,7 +151,7 @@ class SensFiles(Layout):
         path = files.root / self.splits[request.split]
         scenes, pictures = _lines(path)
         there = _recordings(files.root)
-        for scene in {scene: None for scene, _ in pictures if scene not in there}:
+        for scene in [scene for scene, _ in pictures if scene not in there][:1]:
             raise UserError(
                 f"{path} names a picture of {scene}, whose recording {scene}.sens is not in "
                 f"{files.root}; download it."
@@ -166,6 +166,12 @@ class SensFiles(Layout):
         if not kept:
             raise UserError(f"{files.root} holds no recording of a scene of {path}; check both.")
         recordings = {scene: Recording(there[scene]) for scene in kept}
+        for scene, number in pictures:
+            if number >= len(recordings[scene]):
+                raise UserError(
+                    f"{path} names frame {number} of {scene}, which has {len(recordings[scene])}; "
+                    "check the list."
+                )
         items = [
             (s, n) for s in scenes if s in kept for n in range(0, len(recordings[s]), self.every)
         ]

@@ -206,7 +206,7 @@ def test_a_tiny_decoder_is_taught_by_the_autoencoder(base, data, tmp_path):
     photograph = np.random.default_rng().integers(0, 256, (*tiny_run.SIZE, 3)).astype(np.uint8)
     pipe = PerceptionPipeline.from_pretrained(str(tmp_path / "run"))
     out = pipe(photograph, processing_resolution=0)
-    image = perception.encode(params, to_signed(photograph[None]))
+    image = perception.encode(params, to_signed(jnp.asarray(photograph[None])))
     latent = perception.one_step(params, image, timesteps[:1])
     np.testing.assert_allclose(out.latent, latent, atol=1e-5)
     decoded = [

@@ -157,10 +157,10 @@ def _inline(page: str, block: _Block) -> list[Command]:
     text = "\n".join(block.lines)
     found = []
     for match in re.finditer(r"(?<!`)`([^`]+)`(?!`)", text):
-        command = " ".join(match[1].split())
-        if _COMMAND.match(command):
-            line = block.line + text.count("\n", 0, match.start())
-            found.append(Command(page, line, command, inline=True))
+        line = block.line + text.count("\n", 0, match.start())
+        parts = " ".join(match[1].split()).split(" && ")
+        if _COMMAND.match(parts[0]):
+            found += [Command(page, line, part, inline=True) for part in parts]
     return found
 
 

@@ -41,6 +41,9 @@ SHORT = {
 }
 FULL_SIZE = '--config.resolution="(64,128)"'
 LARGE_BATCH = "--config.batch_size=8"
+SMALL = {"checkpoint": "small", "resolution": '"(32,48)"', "batch_size": "4"}
+"""Instead of `sd-tiny`, which takes a minute and a half to compile; the default run has it."""
+DEFAULT = "configs/depth.py"
 ABLATION = {"steps": "1", "evaluation.limit": "1"}
 PARTS = ("configs", "benchmarks", "docs", "tests", "README.md")
 
@@ -67,7 +70,9 @@ class Page:
         quick = {
             "JAX_NUM_CPU_DEVICES": "1",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(stock.folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+                "JAX_COMPILATION_CACHE_DIR", str(stock.folder / "compiled")
+            ),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self._env = {**os.environ, **paths, **quick}
@@ -83,7 +88,7 @@ class Page:
             self._shell(command.text)
             return
         door, flags = words
-        self.provide(" ".join(command.words))
+        self.provide(f"{' '.join(command.words)} {SMALL['checkpoint']}")
         for folder, names in _datasets(door, flags, command, self._stock.datasets).items():
             lay_out(self.folder / folder, [self._stock.dataset(name) for name in names])
         made = workdir_of(command)
@@ -144,6 +149,8 @@ class Page:
         served = subprocess.Popen(
             ["bash", "-c", f"exec {line}"], cwd=self.folder, env=self._env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            # Where this test runs in the background, Ctrl-C is ignored, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         said = []
         try:
@@ -157,7 +164,10 @@ class Page:
                 raise AssertionError(f"{line} served nothing:\n{''.join(said[-15:])}")
         finally:
             served.send_signal(signal.SIGINT)
-            served.wait(timeout=60)
+            try:
+                served.wait(timeout=60)
+            finally:
+                served.kill()
         print(f"served  {line}", flush=True)
 
 
@@ -241,7 +251,10 @@ def shortened(door: str, flags: Mapping[str, str], command: Command) -> Iterator
     yield SHORT.get(door, "")
     if door == "train":
         config = config_of(_arguments(command))
-        if config.checkpoint != "sd-tiny" and config.resolution[0] > 128:
+        if config.checkpoint == "sd-tiny" and flags != {"config": DEFAULT}:
+            given = {name.removeprefix("config.") for name in flags}
+            yield from (f"--config.{k}={v}" for k, v in SMALL.items() if k not in given)
+        elif config.resolution[0] > 128:
             yield FULL_SIZE
         if config.batch_size > 64:
             yield LARGE_BATCH
@@ -249,7 +262,8 @@ def shortened(door: str, flags: Mapping[str, str], command: Command) -> Iterator
         yield "--processing_resolution=64"
     if door == "ablate" and "list" not in flags:
         given = dict(pair.split("=", 1) for pair in flags.get("set", "").split(",") if pair)
-        yield "--set=" + ",".join(f"{k}={v}" for k, v in {**given, **ABLATION}.items())
+        small = {"checkpoint": SMALL["checkpoint"], "batch_size": SMALL["batch_size"]}
+        yield "--set=" + ",".join(f"{k}={v}" for k, v in {**small, **given, **ABLATION}.items())
         yield "--seeds=0 --ensembles= --corrections="
         if "presets" not in flags:
             yield f"--presets={next(iter(presets.load(ROOT / _config(flags)).PRESETS))}"

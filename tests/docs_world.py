@@ -16,6 +16,7 @@ import lora_torch
 import numpy as np
 import raw_copies
 import refcoco_copies
+import torch_checkpoints
 from layout_cases import CASES, Case, write_copy
 from PIL import Image
 from test_data_coco import person
@@ -224,6 +225,11 @@ def _stable_diffusion(folder: Path, rng: np.random.Generator) -> None:
     families.write_base(folder, families.unet_of_four_levels(seed), seed, levels=4)
 
 
+def _small(folder: Path, rng: np.random.Generator) -> None:
+    """Two levels, little to compile."""
+    torch_checkpoints.write_checkpoint(folder, seed=int(rng.integers(2**31)))
+
+
 def _family(name: str) -> Callable[[Path, np.random.Generator], None]:
     def make(folder: Path, rng: np.random.Generator) -> None:
         families.FAMILIES[name](folder, int(rng.integers(2**31)))
@@ -263,4 +269,5 @@ _CHECKPOINTS: dict[str, Callable[[Path, np.random.Generator], None]] = {
     "jingheya/lotus-depth-d-v2-0-disparity": _family("lotus_d_disparity"),
     "timbrooks/instruct-pix2pix": _instruct_pix2pix,
     "published": _adapter,
+    "small": _small,
 }  # fmt: skip

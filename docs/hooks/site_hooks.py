@@ -1,5 +1,6 @@
 """What mkdocs is told beside mkdocs.yml: pages made from the code, and links out of docs/."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -32,31 +33,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Links as they work on GitHub, from docs/ to the rest of the repository and back."""
-    source = Path(page.file.src_uri)
-    original = {uri: path for path, uri in OUTSIDE.items()}.get(page.file.src_uri)
-    folder = Path(original or f"docs/{source}").parent
+    return relinked(markdown, page.file.src_uri)
+
+
+def relinked(markdown: str, uri: str) -> str:
+    """The text of a page with links that are relative to its place in the site.
+
+    uri: its place. What is not in the site is linked in the repository.
+    """
+    source = {uri: path for path, uri in OUTSIDE.items()}.get(uri, f"docs/{uri}")
+    up = "../" * uri.count("/")
 
     def inside(match: re.Match[str]) -> str:
         target, hash_, anchor = match[1].partition("#")
-        path = Path(*_resolved(folder / target))
-        if str(path) in OUTSIDE:
-            uri = OUTSIDE[str(path)]
-        elif path.parts[:1] == ("docs",):
-            uri = str(Path(*path.parts[1:]))
-        else:
-            return f"]({REPOSITORY}{path})"
-        return f"]({'../' * (len(source.parts) - 1)}{uri}{hash_}{anchor})"
+        path = os.path.normpath(Path(source).parent / target)
+        if path in OUTSIDE:
+            return f"]({up}{OUTSIDE[path]}{hash_}{anchor})"
+        if path.startswith("docs/"):
+            return f"]({up}{path.removeprefix('docs/')}{hash_}{anchor})"
+        return f"]({REPOSITORY}{path})"
 
-    if original:
-        return re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", inside, markdown)
-    return re.sub(r"\]\(((?:\.\./)+[^)\s]+)\)", inside, markdown)
-
-
-def _resolved(path: Path) -> list[str]:
-    parts: list[str] = []
-    for part in path.parts:
-        if part == "..":
-            parts.pop()
-        else:
-            parts.append(part)
-    return parts
+    return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", inside, markdown)

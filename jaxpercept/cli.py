@@ -63,7 +63,7 @@ def call(
         return 0
     try:
         _parse(argv, required, flag_values)
-        _show_own_messages()
+        show_messages()
         return int(main() or 0)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -226,6 +226,20 @@ def initialize_distributed() -> None:
         jax.distributed.initialize()
 
 
+def show_messages() -> None:
+    """This package's log messages, plain; other libraries' only from warnings on.
+
+    Commands do so by themselves; in a notebook it shows how a training goes.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # absl complains of messages before that
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(message)s"))
+    handler.addFilter(_is_for_the_user)
+
+
 def _parse(argv: Sequence[str], required: Sequence[str], flag_values: flags.FlagValues) -> None:
     # Libraries define flags too (absl's logging, Grain) and refuse to work before a parse.
     for name in flags.FLAGS:
@@ -272,15 +286,6 @@ def _unknown_key(error: Exception, argv: Sequence[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _show_own_messages() -> None:
-    """This package's log messages, plain; other libraries' only from warnings on."""
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    handler = logging.get_absl_handler()
-    handler.setFormatter(python_logging.Formatter("%(message)s"))
-    handler.addFilter(_is_for_the_user)
 
 
 def _is_for_the_user(record: python_logging.LogRecord) -> bool:

@@ -9,25 +9,34 @@ r"""Fine-tune a latent diffusion checkpoint for perception.
 The part after the colon names a preset; `--config.KEY=VALUE` changes any key of the config. The
 same command again continues the run in its workdir, also after a crash. Several hosts (TPU pods,
 SLURM, GKE, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID) find each other.
+
+In Python, with the files of `configs/` where modules are looked for:
+
+    from configs import depth
+    from jaxpercept.train import train
+
+    train(depth.get_config("nyuv2"), "runs/mine")
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
 
 from jaxpercept import cli
 from jaxpercept.inference.observers import evaluation_observer, picture_observer
 from jaxpercept.methods import PERCEPTION
+from jaxpercept.training import loop
 from jaxpercept.training.dry_run import dry_run, report
-from jaxpercept.training.loop import Interrupted, Observer, train
+from jaxpercept.training.step import State
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file(
@@ -56,6 +65,31 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs") / "-".join(filter(None, [Path(file).stem, preset]))
 
 
+def train(
+    config: ConfigDict, workdir: str | os.PathLike[str], *, mesh: Mesh | None = None
+) -> State:
+    """Train as `config` says, or continue what `workdir` holds, and evaluate.
+
+    Args:
+        config: of a file of `configs/`, or `jaxpercept.config.base_config()` with changes.
+        workdir: where the run lives (docs/architecture.md has its files).
+        mesh: None for all devices, arranged as `config.mesh` says.
+
+    Returns:
+        The final state.
+
+    Raises:
+        UserError, Interrupted: as `training.loop.train`.
+    """
+    workdir = Path(workdir)
+    observer = picture_observer
+    if config.method.name in PERCEPTION:
+        observer = functools.partial(evaluation_observer, workdir=workdir)
+    if not config.evaluation.dataset:
+        observer = None
+    return loop.train(config, workdir, observer=observer, mesh=mesh)
+
+
 def main() -> int:
     """Read the flags, train, evaluate.
 
@@ -70,14 +104,9 @@ def main() -> int:
     if FLAGS.dry_run:
         print(report(dry_run(config)))
         return 0
-    observer: Callable[..., Observer] | None = picture_observer
-    if config.method.name in PERCEPTION:
-        observer = functools.partial(evaluation_observer, workdir=workdir)
-    if not config.evaluation.dataset:
-        observer = None
     try:
-        train(config, workdir, observer=observer)
-    except Interrupted as interrupted:
+        train(config, workdir)
+    except loop.Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return 128 + signal.SIGTERM
     logging.info("done: %s", workdir)

@@ -87,7 +87,7 @@ def test_errors_statuses_and_messages(capsys):
 
 
 def test_only_own_messages_are_shown():
-    cli._show_own_messages()
+    cli.show_messages()
     handler = logging.get_absl_handler()
 
     def shown(level: int, path: str) -> bool:

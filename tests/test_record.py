@@ -42,6 +42,7 @@ def test_every_start_is_on_record(run):
     for start in facts["starts"]:
         assert start["versions"]["jax"]
         assert start["host"]["cpus"] >= 1
+        assert "pytest" in start["command"] or "-c" in start["command"]  # or a worker of xdist
         (data,) = start["data"]
         assert (data["dataset"], data["examples"]) == ("folder", 12)
         names = sorted(path.name for path in (run.parent / "data" / "rgb").iterdir())

@@ -52,7 +52,7 @@ class Record:
         start = {
             "step": step,
             "time": now.isoformat(timespec="seconds"),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": _command(),
             "revision": environment.revision(),
             "versions": environment.versions(),
             "host": environment.host(),
@@ -92,6 +92,13 @@ class Record:
             lines.append(f"| {start['step']} | {start['time']} | {revision} | `{command}` |")
         lines += ["", "## Files", "", "| | |", "|---|---|"]
         return lines + [f"| `{name}` | {what} |" for name, what in there]
+
+
+def _command() -> str:
+    """What was typed; of a module run with -m Python itself keeps the file alone."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _starts(path: Path) -> list[dict[str, Any]]:

@@ -38,12 +38,12 @@ def get_config(preset: str = "") -> ConfigDict:
     """The config of a preset."""
     choices = {
         "": presets.tiny,
-        "fast": _fast,
         "scenes": _scenes,
         "nyuv2": _nyuv2,
         "folder": _folder,
         "denoised": _denoised,
         "addp": _addp,
+        "fast": _fast,
         "marigold": _marigold,
         "sd21": _sd21,
     }

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +97,13 @@ def wandb_records(file):
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, place, parts = file.read_bytes(), 7, []
-    while place < len(data):
+    while place + 7 <= len(data):
         if 32768 - place % 32768 < 7:  # no header fits into what is left of the block
             place += 32768 - place % 32768
             continue
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + 7 + length > len(data):
+            return  # still being written
         parts.append(data[place + 7 : place + 7 + length])
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -119,6 +122,10 @@ def test_weights_and_biases_gets_the_same_numbers_and_pictures(tmp_path, monkeyp
     writer.picture(3, "panel", rng.integers(0, 256, (8, 12, 3)).astype(np.uint8))
     writer.close()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60  # a process of its own writes it
+    while not any(record.HasField("exit") for record in wandb_records(file)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     records = list(wandb_records(file))
     (run,) = [record.run for record in records if record.HasField("run")]
     assert (run.project, run.run_id) == ("ours", (tmp_path / ID_FILE).read_text())

@@ -83,7 +83,7 @@ def test_title_badge_and_time(path):
     title = read(path).cells[0].source
     assert title.startswith("# ")
     assert f"({ADDRESS}{path.name})" in title
-    assert "minutes" in title
+    assert re.search(r"minutes|quarter of an hour", title)
 
 
 @every_notebook

@@ -1,5 +1,6 @@
 """Every layout of every dataset, on a miniature copy with the published names and encodings."""
 
+import ast
 import dataclasses
 import logging
 import re
@@ -21,10 +22,8 @@ from PIL import Image
 
 from jaxpercept.data.datasets import DATASETS, open_dataset
 from jaxpercept.data.layouts import NoLayoutError
-from jaxpercept.data.listings import Lists, Tree
+from jaxpercept.data.listings import Lists
 from jaxpercept.data.readers import UnreadableFileError
-from jaxpercept.data.row import Dataset
-from jaxpercept.data.rows.build import beside, files
 from jaxpercept.data.scannet_sens import SensFiles
 from jaxpercept.errors import UserError
 
@@ -360,8 +359,10 @@ def test_names_of_a_list_have_a_hash(tmp_path, rng):
 def test_the_row_of_the_documentation_works(tmp_path, rng, monkeypatch):
     text = (Path(__file__).parents[1] / "docs/data.md").read_text()
     (code,) = (block for block in text.split("```python")[1:] if "my_mattes" in block)
-    names = {"Dataset": Dataset, "Tree": Tree, "files": files, "beside": beside}
-    row = eval(code.split("```")[0].strip(), names)
+    *imports, expression = ast.parse(code.split("```")[0]).body
+    names = {}
+    exec(compile(ast.Module(imports, []), "data.md", "exec"), names)
+    row = eval(compile(ast.Expression(expression.value), "data.md", "eval"), names)
     monkeypatch.setitem(DATASETS, "my_mattes", row)
     case = Case("my_mattes", "test", "test/photo/{i}.jpg", {"alpha": "test/matte/{i}.png",
                 "trimap": "test/trimap/{i}.png"})  # fmt: skip

@@ -4,17 +4,25 @@ The quick tests read the pages and look whether all that a command names is ther
 them; `-k` chooses pages.
 """
 
+import functools
+import importlib
+import json
 import re
+import sys
 from pathlib import Path
 
 import docs_commands
 import docs_runs
 import numpy as np
 import pytest
+import tiny_run
 from commands import door, restore_logging  # noqa: F401
 from docs_checks import problems
 from docs_commands import CONFIGS, DOORS, PAGES, Code, Command
-from tiny_model import quick_compile  # noqa: F401
+from PIL import Image
+from tiny_model import one_device, quick_compile  # noqa: F401
+
+from jaxpercept import train
 
 pytestmark = [
     pytest.mark.usefixtures("restore_logging"),
@@ -140,7 +148,41 @@ def test_what_is_not_run_is_there(pattern):
     assert any(re.search(pattern, command.text) for command in COMMANDS)
 
 
-# ---- run -----------------------------------------------------------------------------------------
+# ---- run: the first steps ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_the_quickstart_trains_predicts_evaluates_and_hands_on(tmp_path, monkeypatch, rng):
+    """Its commands, of a small model, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(docs_commands.ROOT / "configs")
+    Path("photos").mkdir()
+    pixels = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save("photos/a.png")
+    small = {"checkpoint": tiny_run.text_to_image(tmp_path / "small"), "resolution": (16, 24)}
+    small |= {"steps": 2, "batch_size": 4, "evaluation.limit": 1}
+    short = {
+        "train": [f"--config.{key}={value}" for key, value in small.items()],
+        "evaluate": ["--limit=1"],
+    }
+    monkeypatch.setattr(train, "train", functools.partial(train.train, mesh=one_device()))
+    done = []
+    for command in (c for c in COMMANDS if c.page == "docs/quickstart.md"):
+        name = command.words[2].removeprefix("jaxpercept.")
+        if name not in ("train", "predict", "evaluate", "convert") or "--workdir" in command.text:
+            continue
+        module = importlib.import_module(f"jaxpercept.{name}")
+        words = [*command.words[3:], *short.get(name, [])]
+        monkeypatch.setattr(sys, "argv", [name, *words])  # where overrides are looked for
+        assert door(module, *words) == 0
+        done.append(name)
+    assert done == ["train", "predict", "evaluate", "convert"]
+    assert np.load("predictions/a.npy").shape == (20, 30)
+    index = json.loads(Path("depth/model_index.json").read_text())
+    assert index["_class_name"] == "MarigoldDepthPipeline"
+
+
+# ---- run: all ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

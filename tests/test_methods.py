@@ -309,7 +309,7 @@ def test_the_autoencoder_s_loss(model, rng):
         ("one_step", {"latent_weight": 0.0}, "no loss"),
         ("one_step", {"latent_weight": -1.0}, "gives latent_weight the weight -1.0: give 0 or"),
         ("one_step", {"pixel_weights": {"mse": float("nan")}}, "gives mse the weight nan"),
-        ("one_step", {"decoder": "unet"}, "decoder is 'unet': use vae or dpt"),
+        ("one_step", {"decoder": "unet"}, "decoder is 'unet': use vae, dpt or tiny"),
         ("one_step", {"decoder": "dpt"}, "needs head"),
         ("text_to_image", {"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ("text_to_image", {"edit_share": -0.5}, "edit_share is -0.5"),

@@ -123,6 +123,14 @@ def test_docstrings_become_markdown(hooks):
     ]
 
 
+def test_what_belongs_to_an_item_stays_with_it(hooks):
+    pytest.importorskip("mkdocs")
+    item, rest = "- one\n  more\n\n  | a |\n\n  ```x\n  y\n  ```\n\n- two\n", "\ntext\n  more\n"
+    code = "```\n- x\n  y\n```\n  z"
+    nested = hooks("site_hooks").nested(item + rest + code)
+    assert nested == item.replace("\n  ", "\n    ") + rest + code
+
+
 @pytest.mark.parametrize(
     ("page", "text", "linked"),
     [

@@ -47,6 +47,15 @@ COMPONENTS = {
         norm_num_groups=4,
     ),
 }
+TEXT_ENCODER = CLIPTextConfig(
+    vocab_size=1024,
+    hidden_size=WIDTH,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=24,
+)
+"""For the tokenizer of sd-tiny."""
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_start": 0.00085,
@@ -130,16 +139,13 @@ def save_referring(folder: Path, rng: np.random.Generator, **changes: Any) -> Pa
     """An Orbax export of a model that looks for what a text names, in several steps; its tokenizer
     is sd-tiny's."""
     tokenizer = Path(jaxpercept.__file__).parent / "assets" / "sd-tiny" / "tokenizer"
-    text = CLIPTextConfig(
-        vocab_size=1024,
-        hidden_size=WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-    )
     unet = dataclasses.replace(COMPONENTS["unet"], in_channels=8)
-    components = {**COMPONENTS, "unet": unet, "text_encoder": text, **changes.pop("components", {})}
+    components = {
+        **COMPONENTS,
+        "unet": unet,
+        "text_encoder": TEXT_ENCODER,
+        **changes.pop("components", {}),
+    }
     values = {
         "components": components,
         "method": {},

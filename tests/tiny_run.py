@@ -17,11 +17,20 @@ import tiny_model
 from ml_collections import ConfigDict
 from PIL import Image
 
+import jaxpercept
+from jaxpercept.checkpoints import diffusers_write
+from jaxpercept.checkpoints.diffusers import Checkpoint
 from jaxpercept.checkpoints.orbax import save_export
 from jaxpercept.config import base_config
 from jaxpercept.models.functional import functional
 
 SIZE = (16, 24)
+UNET = dataclasses.replace(
+    tiny_model.COMPONENTS["unet"],
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
+)
+"""Without attention, which there is little to compile of then."""
 AUTOENCODER = {
     "in_channels": 3,
     "out_channels": 3,
@@ -63,16 +72,22 @@ def autoencoder_config(**changes: Any) -> ConfigDict:
 def base(folder: Path) -> Path:
     """An Orbax export to start from, with fresh random weights and little to compile."""
     rng = np.random.default_rng()
-    unet = dataclasses.replace(
-        tiny_model.COMPONENTS["unet"],
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    components = {**tiny_model.COMPONENTS, "unet": unet}
+    components = {**tiny_model.COMPONENTS, "unet": UNET}
     params = {k: functional(c).init(int(rng.integers(2**31))) for k, c in components.items()}
     prompt = rng.normal(size=(1, 2, tiny_model.WIDTH)).astype(np.float32)
     params["prompt"] = {"embedding": prompt}
     save_export(folder, tiny_model.description(components=components), params)
+    return folder
+
+
+def text_to_image(folder: Path) -> Path:
+    """A diffusers folder to start from, with a text encoder and sd-tiny's tokenizer."""
+    rng = np.random.default_rng()
+    tokenizer = Path(jaxpercept.__file__).parent / "assets/sd-tiny/tokenizer"
+    configs = {**tiny_model.COMPONENTS, "unet": UNET, "text_encoder": tiny_model.TEXT_ENCODER}
+    params = {k: functional(c).init(int(rng.integers(2**31))) for k, c in configs.items()}
+    checkpoint = Checkpoint(configs, params, tiny_model.SCHEDULER, tokenizer)
+    diffusers_write.save(folder, checkpoint, dtype="float32")
     return folder
 
 

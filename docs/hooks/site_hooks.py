@@ -32,12 +32,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Links as they work on GitHub, from docs/ to the rest of the repository and back."""
-    return relinked(markdown, page.file.src_uri)
+    """Links and lists as they work on GitHub."""
+    return relinked(nested(markdown), page.file.src_uri)
+
+
+def nested(markdown: str) -> str:
+    """The text with what belongs to an item of a list indented by four, not by two as on GitHub."""
+    lines, in_item, in_code = [], False, False
+    for line in markdown.splitlines():
+        in_code ^= line.startswith("```")
+        if line.strip() and not in_code:
+            starts = re.match(r"- |\d+\. ", line)
+            in_item = bool(starts) or (in_item and line.startswith("  "))
+            line = "  " * (in_item and not starts) + line
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def relinked(markdown: str, uri: str) -> str:
-    """The text of a page with links that are relative to its place in the site.
+    """The text of a page with links from its place in the site, also those out of docs/.
 
     uri: its place. What is not in the site is linked in the repository.
     """

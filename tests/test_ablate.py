@@ -8,7 +8,6 @@ import pytest
 import tiny_model
 import tiny_run
 from commands import door, restore_logging  # noqa: F401
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import ablate
 from jaxpercept.checkpoints.description import Description
@@ -61,7 +60,6 @@ def file(tmp_path):
     return tmp_path / "config.py"
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_a_table_is_made_and_continued(file, tmp_path, monkeypatch, capsys):
     runs = tmp_path / "runs"
     options = (

@@ -21,7 +21,7 @@ from analysis_cases import (  # noqa: F401
 from PIL import Image
 from test_evaluator import reference
 from test_stepwise import TEXT, tokenize
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 
 from jaxpercept import analyze
 from jaxpercept.diffusion.noise import per_example
@@ -34,8 +34,6 @@ from jaxpercept.methods import Perception, build_perception
 from jaxpercept.metrics.depth import METRICS
 from jaxpercept.tasks.base import to_signed
 from jaxpercept.training.sharding import make_mesh, put_tree, tree_shardings
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 LATENT = (8, 12, 4)

@@ -19,7 +19,6 @@ from analysis_cases import (  # noqa: F401
 )
 from commands import door, restore_logging  # noqa: F401
 from PIL import Image
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import analyze, presets
 from jaxpercept.checkpoints.orbax import save_export
@@ -28,7 +27,7 @@ from jaxpercept.inference.analysis import Analysis, Course
 from jaxpercept.inference.evaluation import open_model
 from jaxpercept.training.setup import set_up
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 opened_once = functools.cache(open_model)
 

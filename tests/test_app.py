@@ -12,7 +12,6 @@ import tiny_model
 import uploads
 from commands import door, restore_logging  # noqa: F401
 from PIL import Image
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import app
 from jaxpercept.data.rows.own import TEST_SCENES
@@ -26,7 +25,7 @@ from jaxpercept.webpage.models import open_models, warm_up
 from jaxpercept.webpage.uploads import Limits, Picture, read_upload
 from jaxpercept.webpage.visit import Visit
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 # ---- uploads -------------------------------------------------------------------------------------
 

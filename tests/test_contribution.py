@@ -12,15 +12,12 @@ from diffusers.training_utils import compute_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.diffusion import contribution
 from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.schedule import GENPERCEPT, NoiseSchedule
 from jaxpercept.diffusion.steps import sample
 from jaxpercept.errors import UserError
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CONFIG = {
     "beta_start": 0.00085,

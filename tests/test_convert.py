@@ -22,7 +22,7 @@ from diffusers import (
 )
 from families_torch import quiet
 from safetensors.numpy import load_file
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 
 from jaxpercept import PerceptionPipeline, convert
 from jaxpercept.checkpoints import lora, orbax
@@ -34,8 +34,6 @@ from jaxpercept.methods.layouts import as_marigold
 from jaxpercept.models.functional import functional
 from jaxpercept.models.lora import LoraConfig, is_lora
 from jaxpercept.training import sharding
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SIZE = (32, 48)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from families_torch import quiet
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 
 from jaxpercept import PerceptionPipeline
 from jaxpercept.diffusion.guidance import Guidance
@@ -17,7 +17,6 @@ from jaxpercept.inference.correction import Person, Questions, Round, Script, Se
 from jaxpercept.inference.opening import open_perception, open_tokenizer
 from jaxpercept.tasks.referring import RED, closeness
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 EULER = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "linspace"}
 EULER |= {key: families.SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule")}
 

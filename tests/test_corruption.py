@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image, ImageEnhance
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.diffusion import corruption
 from jaxpercept.diffusion.corruption import Box, Jitter, Move, gaussian_blur, intensity
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 RED = np.float32([1, 0, 0])
 blur = jax.jit(gaussian_blur)
 move = jax.jit(corruption.move)

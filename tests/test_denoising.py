@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from test_methods import depth_batch, nchw
-from tiny_model import quick_compile  # noqa: F401
 from torch_parity import from_torch, normal, params_of, randomise
 
 from jaxpercept.diffusion.noise import multi_resolution, per_example
@@ -20,8 +19,6 @@ from jaxpercept.diffusion.timesteps import sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods import build_method
 from jaxpercept.methods.one_step import to_signed
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SIZE, ROWS = (16, 24), 3
 LATENT = (8, 12, 4)

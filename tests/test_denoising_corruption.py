@@ -16,7 +16,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_denoising import LATENT, ROWS, WIDE, encoded, inputs_of, latent, method, networks  # noqa: F401
 from test_methods import nchw
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.diffusion.noise import per_example
 from jaxpercept.diffusion.schedule import GENPERCEPT, NoiseSchedule
@@ -24,8 +23,6 @@ from jaxpercept.diffusion.timesteps import sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods.denoising import _CORRUPTION_KEY
 from jaxpercept.methods.one_step import to_signed
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 LATENT_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULES = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 from tiny_run import base_of_module, data_of_module  # noqa: F401
 
 from jaxpercept import PerceptionPipeline, presets
@@ -19,8 +19,6 @@ from jaxpercept.methods.one_step import to_signed
 from jaxpercept.training import sharding
 from jaxpercept.training.loop import train
 from jaxpercept.training.setup import initial_weights, set_up
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def config(base, noise, **changes):

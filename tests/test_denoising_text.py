@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from families_torch import quiet
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.checkpoints.load import load_model
 from jaxpercept.checkpoints.tokenizer import padded_tokenizer
@@ -20,8 +19,6 @@ from jaxpercept.diffusion.timesteps import TimestepPolicy, sample_timesteps
 from jaxpercept.errors import UserError
 from jaxpercept.methods import build_method
 from jaxpercept.methods.denoising import _DROPOUT_KEY
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SIZE = (16, 32)
 SCHEDULER = {**families.SCHEDULER, "prediction_type": "sample"}

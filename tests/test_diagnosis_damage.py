@@ -13,9 +13,8 @@ import torch
 import torch_checkpoints
 from checkup import WEIGHTS, check, door, edit, restore_logging  # noqa: F401
 from safetensors.torch import save_file
-from tiny_model import quick_compile  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 @pytest.fixture(scope="module")

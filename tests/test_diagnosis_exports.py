@@ -7,20 +7,16 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny_model
 import tiny_run
 import torch
 import torch_checkpoints
 from checkup import check, edit, refused_alike
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.checkpoints import diffusers, orbax
 from jaxpercept.checkpoints.load import load_model
 from jaxpercept.inference.stablehlo import save_stablehlo
 from jaxpercept.training.checkpointing import Checkpoints
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_an_orbax_export(tmp_path, rng):

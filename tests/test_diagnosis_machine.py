@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 import torch
 from checkup import door, restore_logging  # noqa: F401
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import doctor
 from jaxpercept.diagnosis import probes
 from jaxpercept.models import attention
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 SMALL = {"tokens": 96, "heads": 2, "head_size": 8}
 
 
 @pytest.fixture(scope="module")
-def machine(quick_compile):  # noqa: F811
+def machine():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(probes._SHAPES, "cpu", SMALL)
         patch.setitem(probes._SIDES, "cpu", 128)

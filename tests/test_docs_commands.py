@@ -20,7 +20,7 @@ from commands import door, restore_logging  # noqa: F401
 from docs_checks import problems
 from docs_commands import CONFIGS, DOORS, PAGES, Code, Command
 from PIL import Image
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 
 from jaxpercept import train
 
@@ -151,7 +151,6 @@ def test_what_is_not_run_is_there(pattern):
 # ---- run: the first steps ------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_the_quickstart_trains_predicts_evaluates_and_hands_on(tmp_path, monkeypatch, rng):
     """Its commands, of a small model, one after the other."""
     monkeypatch.chdir(tmp_path)

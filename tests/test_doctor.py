@@ -15,12 +15,11 @@ import torch_checkpoints
 from checkup import WEIGHTS, check, door, refused_alike, restore_logging  # noqa: F401
 from safetensors.torch import load_file
 from test_checkpoints import hub  # noqa: F401
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import doctor
 from jaxpercept.checkpoints.load import resolve
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 def test_help_teaches(capsys):

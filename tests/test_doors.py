@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import config_flags
 from PIL import Image
-from tiny_model import quick_compile  # noqa: F401
 
 import jaxpercept
 from jaxpercept import analyze, cli, evaluate, predict
@@ -25,7 +24,7 @@ from jaxpercept.errors import UserError
 from jaxpercept.inference import image_files
 from jaxpercept.inference.outputs import ENDINGS
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 @pytest.fixture(scope="module")

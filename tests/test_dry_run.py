@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import tiny_run
 from commands import door, restore_logging  # noqa: F401
-from tiny_model import quick_compile  # noqa: F401
 from tiny_run import base_of_module, data_of_module  # noqa: F401
 
 from jaxpercept import train as train_door
@@ -13,7 +12,7 @@ from jaxpercept.training import dry_run as module
 from jaxpercept.training import sharding
 from jaxpercept.training.dry_run import dry_run, expected_sent, held_bytes, report
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,6 @@ import torch
 from diffusers import MarigoldDepthPipeline, MarigoldIntrinsicsPipeline, MarigoldNormalsPipeline
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.errors import UserError
 from jaxpercept.inference.ensemble import (
@@ -32,7 +31,7 @@ from jaxpercept.inference.ensemble import (
 )
 from jaxpercept.inference.ensemble_search import torch_sum
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 on_x86 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="torch sums in another order there"
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from PIL import Image
-from tiny_model import Mirror, quick_compile  # noqa: F401
+from tiny_model import Mirror
 
 from jaxpercept.data.datasets import DATASETS
 from jaxpercept.errors import UserError
@@ -22,8 +22,6 @@ from jaxpercept.inference.report import table, write_report
 from jaxpercept.inference.scoring import Tally
 from jaxpercept.metrics.depth import METRICS, constant_depth_metrics
 from jaxpercept.training.sharding import make_mesh
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 NATIVE = {"processing_resolution": 0, "resolution": (16, 24), "progress": False}
 

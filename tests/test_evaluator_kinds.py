@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from PIL import Image
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.data.datasets import open_dataset
 from jaxpercept.data.palettes import PALETTES
@@ -23,8 +22,6 @@ from jaxpercept.metrics.normals import NormalsProtocol
 from jaxpercept.metrics.protocol import add
 from jaxpercept.tasks import TASKS, Task, get_task
 from jaxpercept.training.sharding import make_mesh
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SIZE, COUNT = (48, 64), 3
 ONE_DEVICE = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_evaluator_kinds import ONE_DEVICE, OPTIONS, Oracle, evaluated
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.data.datasets import DATASETS
 from jaxpercept.errors import UserError
@@ -19,8 +18,6 @@ from jaxpercept.metrics.referring import ReferringProtocol, ReleasedProtocol
 from jaxpercept.resize import resize
 from jaxpercept.tasks import get_task
 from jaxpercept.training.sharding import make_mesh
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SIZE, COUNT = (40, 56), 3
 PAINTED, MASK = get_task("referring"), get_task("referring", paint=False)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 from tiny_run import base_of_module  # noqa: F401
 
 from jaxpercept.data.datasets import open_dataset
@@ -15,8 +15,6 @@ from jaxpercept.inference import observers
 from jaxpercept.inference.observers import evaluation_observer
 from jaxpercept.training.metric_writer import MetricWriter
 from jaxpercept.training.setup import initial_weights, set_up
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.mark.parametrize(

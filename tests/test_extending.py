@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 from commands import door, restore_logging  # noqa: F401
 from PIL import Image
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 
 from jaxpercept import predict, presets, tasks, train
 from jaxpercept.checkpoints.description import Description
@@ -36,7 +36,7 @@ def edges(monkeypatch):
     return names
 
 
-@pytest.mark.usefixtures("quick_compile", "restore_logging")
+@pytest.mark.usefixtures("restore_logging")
 # How ml_collections reads a config file.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize("decoder", ["vae", "dpt"])

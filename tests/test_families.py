@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 
 from jaxpercept import PerceptionPipeline
 from jaxpercept.diffusion.noise import per_example
 from jaxpercept.errors import UserError
 from jaxpercept.inference.opening import open_perception
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KNOWN = sorted(families.FAMILIES.keys() - {"stable_diffusion"})
 ONE_OF_EACH = [

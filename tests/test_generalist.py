@@ -11,7 +11,6 @@ from commands import door, restore_logging  # noqa: F401
 from PIL import Image
 from test_data_instructions import FIELDS, batch_of
 from test_presets import MODULES
-from tiny_model import one_device, quick_compile  # noqa: F401
 
 from jaxpercept import PerceptionPipeline, evaluate, predict
 from jaxpercept.data.instructions import TRUTHS
@@ -23,7 +22,7 @@ from jaxpercept.tasks import get_task
 from jaxpercept.training import loop
 from jaxpercept.webpage.models import open_models
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 RED, AZURE = (1, -1, -1), (-1, 0, 1)
 

@@ -13,7 +13,6 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from families_torch import quiet
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.checkpoints.load import load_model
 from jaxpercept.diffusion.guidance import Branch, Guidance, Text
@@ -25,8 +24,6 @@ from jaxpercept.methods.perception import Perception
 from jaxpercept.methods.recipe import Recipe
 from jaxpercept.models.functional import functional
 from jaxpercept.tasks.referring import ReferringTask
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PHRASES = ["the red ball", "a chair on the left"]
 DDIM = {**families.SCHEDULER, "prediction_type": "epsilon"}

@@ -43,7 +43,6 @@ from hostile import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import PerceptionPipeline, convert, predict
 from jaxpercept.checkpoints import orbax
@@ -95,7 +94,6 @@ def test_pipelines_with_code_of_their_own_are_refused(broken, enter, value):
     assert f"WORK/source/{INDEX}" in message
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_code_and_links_in_a_good_checkpoint_stay_untouched(broken, tmp_path):
     """Modules beside the weights, classes and files named elsewhere: opened without any of them.
 

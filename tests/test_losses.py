@@ -8,11 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import CASES, COMPILED, depths, sample
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ELEMENTWISE = ["mse", "l1", "angular", "angular_kappa", "bce", "cross_entropy"]
 READS_INVALID = "ssi_median_compat"
 seeds = st.integers(0, 2**32 - 1)

@@ -8,11 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import assert_equals_torch
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 LOSSES = {
     "ssi": jax.jit(losses.ssi),
     "ssi_median": jax.jit(losses.ssi_median),

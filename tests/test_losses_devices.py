@@ -7,11 +7,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from loss_cases import CASES, COMPILED, sample
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 RANDOM = ["hdn_random", "hdsn_random", "vnl"]
 
 

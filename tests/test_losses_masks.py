@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import assert_equals_torch, classes, heat_maps, mattes
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 bce = jax.jit(jax.value_and_grad(losses.bce))
 soft_iou = jax.jit(jax.value_and_grad(losses.soft_iou))
 cross_entropy = jax.jit(jax.value_and_grad(losses.cross_entropy))

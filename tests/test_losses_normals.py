@@ -8,12 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import assert_equals_torch, normals, normals_and_kappa
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 from jaxpercept.losses.normals import unit
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 angular = jax.jit(losses.angular)
 with_gradient = jax.jit(jax.value_and_grad(losses.angular))
 kappa_with_gradient = jax.jit(jax.value_and_grad(losses.angular_kappa))

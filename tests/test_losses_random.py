@@ -8,13 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import assert_equals_torch
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 from jaxpercept.losses.hierarchical import _depth_ranges, _windows
 from jaxpercept.losses.virtual_normals import _triangles
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 LOSSES = {name: jax.jit(getattr(losses, name)) for name in ("hdn_random", "hdsn_random", "vnl")}
 depth_ranges = jax.jit(_depth_ranges, static_argnums=3)
 windows_of = jax.jit(_windows, static_argnums=(0, 1, 3))

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from dpt_torch import TorchHead
-from tiny_model import quick_compile  # noqa: F401
 from torch_parity import normal, randomise
 from torch_parity import to_torch as nchw
 
@@ -30,7 +29,7 @@ from jaxpercept.methods import build_method
 from jaxpercept.models.dpt import DPTConfig
 from jaxpercept.training.optim import split_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE, ROWS = (18, 26), 3  # latents of 9 x 13, which a UNet of two levels halves to 5 x 7
 UNET, VAE = tiny_model.COMPONENTS["unet"], tiny_model.COMPONENTS["vae"]

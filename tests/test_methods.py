@@ -8,7 +8,6 @@ import tiny_model
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tiny_model import quick_compile  # noqa: F401
 from transformers import CLIPTextModel
 
 from jaxpercept.checkpoints import diffusers, diffusers_write
@@ -21,8 +20,6 @@ from jaxpercept.methods.one_step import to_signed
 from jaxpercept.models.config import AutoencoderTinyConfig, CLIPTextConfig
 from jaxpercept.models.dpt import DPTConfig
 from jaxpercept.models.functional import functional
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TEXT = CLIPTextConfig(
     hidden_size=tiny_model.WIDTH,

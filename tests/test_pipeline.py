@@ -12,7 +12,7 @@ from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_model import Mirror, quick_compile  # noqa: F401
+from tiny_model import Mirror
 
 import jaxpercept
 from jaxpercept import PerceptionPipeline
@@ -20,9 +20,6 @@ from jaxpercept.errors import UserError
 from jaxpercept.inference.batches import local_mesh, plan_batches, put_rows
 from jaxpercept.inference.images import to_batch
 from jaxpercept.inference.predictor import Predictor, processing_size, resolve_resolution
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 # ---- images --------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_model
 from PIL import Image
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 
 from jaxpercept import PerceptionPipeline, predict
 from jaxpercept.checkpoints.orbax import save_export
@@ -15,8 +15,6 @@ from jaxpercept.data.palettes import PALETTES
 from jaxpercept.errors import UserError
 from jaxpercept.models.dpt import DPTConfig
 from jaxpercept.models.functional import functional
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PALETTE = "camvid"
 COUNT = len(PALETTES[PALETTE].names)

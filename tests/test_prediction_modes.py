@@ -8,7 +8,7 @@ import pytest
 import tiny_model
 from diffusers import AutoencoderTiny
 from PIL import Image
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 from torch_checkpoints import randomise
 
 import jaxpercept.predict as door
@@ -17,8 +17,6 @@ from jaxpercept.checkpoints.load import load_model
 from jaxpercept.checkpoints.orbax import save_export
 from jaxpercept.errors import UserError
 from jaxpercept.inference.ensemble import ensemble
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

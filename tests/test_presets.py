@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
-from tiny_model import one_device, quick_compile  # noqa: F401
 from tiny_run import data_of_module  # noqa: F401
 
 from jaxpercept import presets
@@ -23,7 +22,6 @@ from jaxpercept.tasks import TASKS
 from jaxpercept.training.optim import make_optimizer, split_params
 from jaxpercept.training.setup import set_up
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 

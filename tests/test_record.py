@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_run
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import environment
 from jaxpercept.checkpoints.card import base_license
@@ -20,8 +19,6 @@ from jaxpercept.errors import UserError
 from jaxpercept.training.dashboard import ID_FILE
 from jaxpercept.training.loop import train
 from jaxpercept.training.metric_writer import MetricWriter
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.diffusion import sampler
 from jaxpercept.diffusion.noise import per_example
@@ -14,8 +13,6 @@ from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.schedule import GENPERCEPT, NoiseSchedule
 from jaxpercept.diffusion.steps import draws_noise, ideal_path, sample, sample_from, trajectory
 from jaxpercept.errors import UserError
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]

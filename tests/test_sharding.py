@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 from jaxpercept.config import base_config
@@ -13,8 +12,6 @@ from jaxpercept.errors import UserError
 from jaxpercept.training import sharding
 from jaxpercept.training.optim import make_optimizer
 from jaxpercept.training.step import init_state, make_train_step
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROWS, CELLS, STEPS = 16, 6, 20
 # Names that the rules for tensor parallelism know, and one they do not.

@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.training import sharding
 from jaxpercept.training.step import _finite, init_state, make_train_step
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROWS, DECAY, RATE = 8, 0.6, 0.05
 

@@ -7,14 +7,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_model
-from tiny_model import COMPONENTS, SCHEDULER, one_device, quick_compile  # noqa: F401
+from tiny_model import COMPONENTS, SCHEDULER, one_device
 
 from jaxpercept import PerceptionPipeline
 from jaxpercept.errors import UserError
 from jaxpercept.inference.correction import Session
 from jaxpercept.models.config import CLIPTextConfig
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TOKENS = 6
 TEXT = CLIPTextConfig(

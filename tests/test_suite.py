@@ -12,7 +12,7 @@ import tiny_model
 from commands import door, restore_logging  # noqa: F401
 from layout_cases import CASES, Case, dis, write_copy
 from PIL import Image
-from tiny_model import Mirror, one_device, quick_compile  # noqa: F401
+from tiny_model import Mirror, one_device
 
 from jaxpercept import evaluate
 from jaxpercept.data.datasets import DATASETS, open_dataset
@@ -27,7 +27,7 @@ from jaxpercept.inference.suite import SUITES, run_suite
 from jaxpercept.metrics.depth import METRICS
 from jaxpercept.tasks import get_task
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "restore_logging")
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 def copy(root, dataset, target, rng, *, split="test", count=2):

@@ -6,15 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from task_cases import TRAINED, task_of
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.errors import UserError
 from jaxpercept.inference.kinds import KINDS
 from jaxpercept.tasks import TASKS, get_task
 from jaxpercept.tasks.depth import DEPTH, DepthTask
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, H, W = 2, 10, 12
 # ---- names and options ---------------------------------------------------------------------------

@@ -5,11 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_tasks_targets import TASK, B, H, W, batch, encode
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.diffusion import corruption
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CORRUPTIBLE = [name for name in TASK if TASK[name].corruptible]
 

@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from task_cases import TRAINED, task_of
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept import losses
 from jaxpercept.errors import UserError
 from jaxpercept.tasks import Target, get_task
 from jaxpercept.tasks.depth import DEPTH
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, H, W = 2, 10, 12
 # Depth has the losses of disparity.

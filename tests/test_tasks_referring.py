@@ -2,11 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from test_tasks_targets import TASK, batch, encode
-from tiny_model import quick_compile  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_the_referred_object_is_painted_red(rng):

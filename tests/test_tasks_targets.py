@@ -9,13 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.data.palettes import PALETTES
 from jaxpercept.data.transforms import depth_range, disparity_range
 from jaxpercept.tasks import TASKS, get_task
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, H, W = 3, 12, 16
 NAMES = ("depth", "disparity", "normals", "dis", "matting", "referring", "pose")

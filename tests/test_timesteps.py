@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from tiny_model import quick_compile  # noqa: F401
 
 from jaxpercept.diffusion import contribution
 from jaxpercept.diffusion.schedule import GENPERCEPT, NoiseSchedule
@@ -26,8 +25,6 @@ from jaxpercept.diffusion.timesteps import (
 )
 from jaxpercept.errors import UserError
 from jaxpercept.training import sharding
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SD = NoiseSchedule(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon"

@@ -18,7 +18,6 @@ import tiny_run
 from commands import door, restore_logging  # noqa: F401
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from tiny_model import quick_compile  # noqa: F401
 from tiny_run import base_of_module, data_of_module  # noqa: F401
 
 from jaxpercept import train
@@ -27,7 +26,7 @@ from jaxpercept.checkpoints.orbax import load_params, save_export, save_params
 from jaxpercept.training import loop
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile", "restore_logging"),
+    pytest.mark.usefixtures("restore_logging"),
     # How ml_collections reads a config file.
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]

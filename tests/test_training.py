@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_model import quick_compile  # noqa: F401
 from tiny_run import base_of_module, data_of_module  # noqa: F401
 
 from jaxpercept.checkpoints.description import Description
@@ -24,8 +23,6 @@ from jaxpercept.training import loop, sharding
 from jaxpercept.training.checkpointing import Checkpoints
 from jaxpercept.training.loop import Interrupted, train
 from jaxpercept.training.metric_writer import MetricWriter
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 STEPS = 20
 

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_model import quick_compile  # noqa: F401
 from torch_parity import max_abs, normal, params_of, quick_jit, randomise, to_torch
 
 from jaxpercept.errors import UserError
@@ -15,8 +14,6 @@ from jaxpercept.models.config import AutoencoderTinyConfig, VAEConfig
 from jaxpercept.models.functional import functional
 from jaxpercept.models.vae import decode_latents, encode_mean
 from jaxpercept.models.vae_tiling import decode_tiled, encode_tiled
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KL = {
     "block_out_channels": [4, 4],

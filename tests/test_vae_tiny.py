@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch_checkpoints
 from safetensors.torch import load_file, save_file
-from tiny_model import quick_compile  # noqa: F401
 from torch_checkpoints import assert_bit_equal
 from torch_parity import max_abs, normal, params_of, quick_jit, randomise, to_torch
 
@@ -25,8 +24,6 @@ from jaxpercept.errors import UserError
 from jaxpercept.models.config import AutoencoderTinyConfig, VAEConfig, config_of
 from jaxpercept.models.functional import functional
 from jaxpercept.models.vae import decode_latents, encode_mean
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # config.json of madebyollin/taesd.
 PUBLISHED = json.loads("""{

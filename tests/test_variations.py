@@ -10,7 +10,7 @@ import tiny_model
 import tiny_run
 import torch
 import torch_checkpoints
-from tiny_model import one_device, quick_compile  # noqa: F401
+from tiny_model import one_device
 from tiny_run import data_of_module  # noqa: F401
 from transformers import CLIPTokenizer
 
@@ -27,8 +27,6 @@ from jaxpercept.tasks.base import to_signed
 from jaxpercept.training.loop import open_data, train
 from jaxpercept.training.optim import make_optimizer
 from jaxpercept.training.setup import initial_weights, set_up
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

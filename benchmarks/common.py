@@ -30,7 +30,7 @@ import numpy as np
 from jaxpercept.checkpoints import rules
 from jaxpercept.checkpoints.load import describe
 from jaxpercept.methods.latent_model import LatentModel
-from jaxpercept.models.config import UNetConfig, VAEConfig
+from jaxpercept.models.config import AutoencoderTinyConfig, UNetConfig, VAEConfig
 from jaxpercept.models.functional import functional
 
 FRAMEWORKS = ("jaxpercept", "torch")
@@ -45,51 +45,62 @@ SD21_UNET = {
     "cross_attention_dim": 1024,
     "use_linear_projection": True,
 }
-UNETS = {
-    "sd21": SD21_UNET,
-    "sd15": {"attention_head_dim": 8, "cross_attention_dim": 768},
-    # SD 2.1's structure, heads of 64 channels included, with 55 M parameters.
-    "50m": SD21_UNET
-    | {"block_out_channels": [64, 128, 320, 320], "attention_head_dim": [1, 2, 5, 5]},
+NETWORKS = {
+    "sd21": {"unet": SD21_UNET, "vae": SD_VAE},
+    "sd15": {"unet": {"attention_head_dim": 8, "cross_attention_dim": 768}, "vae": SD_VAE},
+    # SD 2.1's structure, heads of 64 channels included, with 55 M parameters and with 20.
+    "50m": {
+        "unet": SD21_UNET
+        | {"block_out_channels": [64, 128, 320, 320], "attention_head_dim": [1, 2, 5, 5]},
+        "vae": SD_VAE,
+    },
+    "20m": {
+        "unet": SD21_UNET
+        | {"block_out_channels": [32, 64, 160, 160], "attention_head_dim": [1, 2, 5, 5]},
+        "vae": SD_VAE | {"block_out_channels": [32, 64, 128, 128]},
+    },
 }
+"""The config.json of each; those of "tiny" are sd-tiny's."""
 PROMPT_TOKENS = 2  # the empty prompt, not padded: start and end
 
 
 # ---- the same networks twice ---------------------------------------------------------------------
 
 
-def configs(size: str) -> dict[str, dict[str, Any]]:
-    """The content of config.json of the UNet and the VAE of a size."""
-    if size == "tiny":
-        components = describe("sd-tiny").components
-        return {part: components[part].to_dict() for part in ("unet", "vae")}
-    return {"unet": UNETS[size], "vae": SD_VAE}
+def configs(size: str, tiny_decoder: bool = False, **unet: Any) -> dict[str, Any]:
+    """The configs of the networks of a size; unet: changes of its config."""
+    networks = NETWORKS.get(size) or {
+        part: describe("sd-tiny").components[part].to_dict() for part in ("unet", "vae")
+    }
+    vae = VAEConfig.from_dict(networks["vae"])
+    found = {"unet": UNetConfig.from_dict(networks["unet"] | unet), "vae": vae}
+    return found | ({"decoder": AutoencoderTinyConfig.beside(vae)} if tiny_decoder else {})
 
 
-def jax_model(size: str, dtype: str, remat: str = "none", **unet: Any) -> LatentModel:
-    """jaxpercept's networks, without weights; unet: changes of its config."""
-    settings = configs(size)
+def jax_model(size: str, dtype: str, remat: str = "none", **options: Any) -> LatentModel:
+    """jaxpercept's networks, without weights; options: those of `configs`."""
+    networks = configs(size, **options)
     return LatentModel(
-        unet=functional(UNetConfig.from_dict(settings["unet"] | unet), dtype=dtype, remat=remat),
-        vae=functional(VAEConfig.from_dict(settings["vae"]), dtype=dtype, remat=remat),
+        **{k: functional(config, dtype=dtype, remat=remat) for k, config in networks.items()},
         text_encoder=None,
         schedule=None,
     )
 
 
-def torch_model(size: str) -> dict[str, Any]:
+def torch_model(size: str, **options: Any) -> dict[str, Any]:
     """diffusers' networks in float32 with random weights, norms and biases included."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
     use_torch_threads()
     generator = torch.Generator().manual_seed(0)
-    modules, classes = {}, {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    for part, settings in configs(size).items():
+    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "decoder": AutoencoderTiny}
+    modules = {}
+    for part, config in configs(size, **options).items():
         with torch.device("meta"):
-            module = classes[part].from_config({**settings})
+            module = classes[part].from_config(config.to_dict())
         modules[part] = module.to_empty(device="cpu").eval()
         for name, weight in modules[part].named_parameters():
             # Activations stay of order one: normal kernels with std 1 / sqrt(fan_in).
@@ -107,7 +118,7 @@ def jax_weights(
 ) -> dict[str, dict[str, np.ndarray]]:
     """The weights of torch modules by the package's own rules; random ones without modules."""
     params = {}
-    for part in ("unet", "vae"):
+    for part in ("unet", "vae", *(["decoder"] if model.decoder else [])):
         network = getattr(model, part)
         if modules is None:
             params[part] = network.init(0)

@@ -4,15 +4,15 @@
     python benchmarks/inference.py --size tiny --resolution 96
     python benchmarks/inference.py --device gpu --dtype bfloat16 --resolution 768
 
-The VAE encodes the image, the UNet runs once with the empty prompt, the VAE decodes. Each part and
-the whole are timed in turns in one process; memory comes from one process per framework. Wants the
-extra `torch`.
+The VAE encodes the image, the UNet runs once with the empty prompt, the VAE decodes, or a TAESD in
+its place. Each part and the whole are timed in turns in one process; memory comes from one process
+per framework. A second table has what this machine needs at least (floors.py), and the distance to
+it. Wants the extra `torch`.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import FRAMEWORKS
+from floors import Peaks, Program, compile_program, floor_row
 
 from jaxpercept.diffusion.timesteps import TimestepPolicy
-from jaxpercept.methods.latent_model import empty_prompt
+from jaxpercept.methods.latent_model import LatentModel, empty_prompt
 from jaxpercept.methods.one_step import OneStep, to_signed
 from jaxpercept.models.vae import decode_latents, encode_mean
 from jaxpercept.tasks.depth import DEPTH
 
-PARTS = ("encode", "unet", "decode", "whole")
+PARTS = ("encode", "unet", "decode", "tiny decode", "whole", "whole, tiny decoder")
 TIMESTEP = 1
 Inputs = dict[str, np.ndarray]
 """What each part is given: `rgb` uint8 [b,H,W,3] and `latent` float32 [b,h,w,c]."""
@@ -46,39 +47,41 @@ def make_inputs(args: Any, resolution: int) -> Inputs:
     }
 
 
-def jax_parts(args: Any, params: Any, inputs: Inputs) -> dict[str, Callable[[], jax.Array]]:
-    """Each part as a call that waits for its result, compiled; `whole` is what a pipeline runs."""
-    model = common.jax_model(args.size, args.dtype)
-    method = OneStep(model, DEPTH, TimestepPolicy(), inference_timestep=TIMESTEP)
-    perception = method.perception
+def jax_parts(args: Any, params: Any, inputs: Inputs) -> dict[str, Program]:
+    """Each part, compiled; `whole` is what a pipeline runs."""
+    plain = common.jax_model(args.size, args.dtype)
+    tiny = common.jax_model(args.size, args.dtype, tiny_decoder=True)
 
     def encode(params: Any, rgb: jax.Array) -> jax.Array:
-        return encode_mean(model.vae, params["vae"], to_signed(rgb))
+        return encode_mean(plain.vae, params["vae"], to_signed(rgb))
 
     def unet(params: Any, latent: jax.Array) -> jax.Array:
         timesteps = jnp.full(latent.shape[:1], TIMESTEP)
         context = empty_prompt(params, latent.shape[0])
-        return model.unet.bind(params["unet"])(latent, timesteps, context)
+        return plain.unet.bind(params["unet"])(latent, timesteps, context)
 
-    def decode(params: Any, latent: jax.Array) -> jax.Array:
-        return decode_latents(model.vae, params["vae"], latent)
+    def whole(model: LatentModel) -> Callable:
+        perception = OneStep(model, DEPTH, TimestepPolicy(), TIMESTEP).perception
+        return lambda params, rgb: perception.predict(
+            params, perception.encode(params, to_signed(rgb))
+        )[0]
 
-    def whole(params: Any, rgb: jax.Array) -> jax.Array:
-        return perception.predict(params, perception.encode(params, to_signed(rgb)))[0]
-
-    def compiled(part: Callable, x: jax.Array) -> Callable[[], jax.Array]:
-        began = time.perf_counter()
-        program = jax.jit(part).lower(params, x).compile()
-        print(f"compiled {part.__name__} in {time.perf_counter() - began:.1f} s", flush=True)
-        return lambda: jax.block_until_ready(program(params, x))
-
-    rgb, latent = jax.device_put(inputs["rgb"]), jax.device_put(inputs["latent"])
-    return {
-        "encode": compiled(encode, rgb),
-        "unet": compiled(unet, latent),
-        "decode": compiled(decode, latent),
-        "whole": compiled(whole, rgb),
+    functions = {
+        "encode": encode,
+        "unet": unet,
+        "decode": lambda params, z: decode_latents(plain.vae, params["vae"], z),
+        "tiny decode": lambda params, z: decode_latents(tiny.decoder, params["decoder"], z),
+        "whole": whole(plain),
+        "whole, tiny decoder": whole(tiny),
     }
+    of_pixels = {"encode", "whole", "whole, tiny decoder"}
+    rgb, latent = jax.device_put(inputs["rgb"]), jax.device_put(inputs["latent"])
+    programs = {}
+    for name, function in functions.items():
+        x = rgb if name in of_pixels else latent
+        programs[name] = compile_program(function, params, x)
+        print(f"compiled {name} in {programs[name].compile_seconds:.1f} s", flush=True)
+    return programs
 
 
 def torch_parts(
@@ -89,11 +92,12 @@ def torch_parts(
 
     device, dtype = common.torch_device(args.device), getattr(torch, args.dtype)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    unet, vae = (m.to(device, dtype, memory_format=layout) for m in modules.values())
+    unet, vae, tiny = (m.to(device, dtype, memory_format=layout) for m in modules.values())
     scale = vae.config.scaling_factor
-    encoder, decoder, forward = vae.encode, vae.decode, unet.forward
+    networks = (vae.encode, unet.forward, vae.decode, tiny.decode)
     if compile_modules:
-        encoder, decoder, forward = map(torch.compile, (encoder, decoder, forward))
+        networks = map(torch.compile, networks)
+    encoder, forward, decoder, tiny_decoder = networks
 
     rgb = torch.from_numpy(inputs["rgb"]).to(device).permute(0, 3, 1, 2)
     latent = torch.from_numpy(inputs["latent"]).to(device).permute(0, 3, 1, 2)
@@ -111,8 +115,14 @@ def torch_parts(
     def decode(x: Any = latent) -> Any:
         return decoder((x / scale).to(dtype)).sample.float()
 
-    def whole() -> Any:
+    def tiny_decode(x: Any = latent) -> Any:
+        return tiny_decoder(x.to(dtype)).sample.float()
+
+    def whole(decode: Callable = decode) -> Any:
         return decode(-run_unet(encode()).float())  # with beta = 1, x0 is minus the output
+
+    def whole_tiny() -> Any:
+        return whole(tiny_decode)
 
     def waiting(part: Callable) -> Callable[[], Any]:
         def call() -> Any:
@@ -124,20 +134,19 @@ def torch_parts(
 
         return call
 
-    return {
-        name: waiting(f) for name, f in zip(PARTS, (encode, run_unet, decode, whole), strict=True)
-    }
+    parts = (encode, run_unet, decode, tiny_decode, whole, whole_tiny)
+    return {name: waiting(part) for name, part in zip(PARTS, parts, strict=True)}
 
 
 def measure_memory(args: Any) -> None:
     """The child process: print the peak of each part as JSON."""
     inputs = make_inputs(args, args.resolution[0])
     if args.memory_of == "torch":
-        calls = torch_parts(args, common.torch_model(args.size), inputs)
+        calls = torch_parts(args, common.torch_model(args.size, tiny_decoder=True), inputs)
     else:
-        params = common.jax_weights(common.jax_model(args.size, args.dtype))
+        params = common.jax_weights(common.jax_model(args.size, args.dtype, tiny_decoder=True))
         calls = jax_parts(args, common.put(params, args.dtype), inputs)
-    parts = PARTS if args.device == "cpu" else ("whole",)
+    parts = PARTS if args.device == "cpu" else PARTS[-1:]
     peaks = {part: common.peak_memory(calls[part], args.memory_of, args.device) for part in parts}
     print(json.dumps(peaks))
 
@@ -156,8 +165,9 @@ def main() -> None:
         for resolution in args.resolution:
             memory[resolution] = {name: common.in_child(name, resolution) for name in FRAMEWORKS}
 
-    modules = common.torch_model(args.size)
-    model = common.jax_model(args.size, args.dtype)
+    peaks = Peaks.measured(args.dtype)
+    modules = common.torch_model(args.size, tiny_decoder=True)
+    model = common.jax_model(args.size, args.dtype, tiny_decoder=True)
     params = common.put(common.jax_weights(model, modules), args.dtype)
     results = {"machine": common.machine(args.device), "options": vars(args), "sizes": {}}
     for resolution in args.resolution:
@@ -168,7 +178,7 @@ def main() -> None:
         }
         if args.compile:
             calls["torch.compile"] = torch_parts(args, modules, inputs, compile_modules=True)
-        rows, figures = [], {}
+        rows, floors, figures = [], [], {}
         for part in PARTS:
             ours, theirs = (common.to_numpy(calls[name][part]()) for name in FRAMEWORKS)
             difference = float(np.abs(ours - theirs).max())
@@ -176,11 +186,15 @@ def main() -> None:
             row = common.times_row(part, times)
             row["max abs difference"] = f"{difference:.1e} of {np.abs(theirs).max():.1f}"
             rows.append(row)
+            program = calls["jaxpercept"][part]
+            floors.append(floor_row(part, program, times["jaxpercept"], peaks, args.batch))
             figures[part] = {"seconds": times, "max_abs_difference": difference}
         print(
             f"\n{args.size}, {args.batch} x {resolution} px, {args.dtype}: least / median seconds"
         )
         common.print_table(rows)
+        print(f"What is needed at least: {peaks}")
+        common.print_table(floors)
         if memory:
             print("Memory at most (of it, added by the call)")
             common.print_table(common.memory_rows(memory[resolution]))

@@ -40,20 +40,11 @@ import numpy as np
 from common import FRAMEWORKS
 
 from jaxpercept import PerceptionPipeline
-from jaxpercept.checkpoints import rules
 from jaxpercept.checkpoints.description import Description
 from jaxpercept.methods.families import recognise
-from jaxpercept.models.config import UNetConfig, VAEConfig
-from jaxpercept.models.functional import functional
 
 LIMIT = 1e-4
 """Predictions, or an ensemble's latents, that differ by more are not the same."""
-PROMPT_TOKENS = 2  # the empty prompt, not padded: start and end
-SMALL = {
-    "unet": common.SD21_UNET
-    | {"block_out_channels": [32, 64, 160, 160], "attention_head_dim": [1, 2, 5, 5]},
-    "vae": common.SD_VAE | {"block_out_channels": [32, 64, 128, 128]},
-}
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "scaled_linear",
@@ -106,64 +97,16 @@ def cases(args: argparse.Namespace) -> list[Case]:
 # ---- the same model twice ------------------------------------------------------------------------
 
 
-def networks(size: str) -> dict[str, dict[str, Any]]:
-    """The content of config.json of the UNet, which sees image and noise, and of the VAE."""
-    settings = SMALL if size == "20m" else common.configs(size)
-    return {"unet": settings["unet"] | {"in_channels": 8}, "vae": settings["vae"]}
-
-
-def prompt(size: str) -> np.ndarray:
-    """A random embedding of the empty prompt, [1, 2, d]."""
-    width = networks(size)["unet"]["cross_attention_dim"]
-    return np.random.default_rng(1).standard_normal((1, PROMPT_TOKENS, width), np.float32)
-
-
-def torch_modules(size: str) -> dict[str, Any]:
-    """diffusers' networks in float32 with random weights, norms and biases included."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-    common.use_torch_threads()
-    generator = torch.Generator().manual_seed(0)
-    modules, classes = {}, {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    for part, settings in networks(size).items():
-        with torch.device("meta"):
-            module = classes[part].from_config({**settings})
-        modules[part] = module.to_empty(device="cpu").eval().requires_grad_(False)
-        for name, weight in modules[part].named_parameters():
-            # Activations stay of order one: normal kernels with std 1 / sqrt(fan_in).
-            weight.normal_(generator=generator)
-            if weight.ndim > 1:
-                weight /= weight[0].numel() ** 0.5
-            else:
-                weight *= 0.1
-                weight += "norm" in name and name.endswith("weight")
-    return modules
-
-
 def jax_pipeline(size: str, modules: dict[str, Any] | None = None) -> PerceptionPipeline:
     """jaxpercept's pipeline with the weights of torch modules; random ones without modules."""
-    settings = networks(size)
-    configs = {
-        "unet": UNetConfig.from_dict(settings["unet"]),
-        "vae": VAEConfig.from_dict(settings["vae"]),
-    }
-    params: dict[str, dict[str, np.ndarray]] = {"prompt": {"embedding": prompt(size)}}
-    for part, config in configs.items():
-        network = functional(config)
-        if modules is None:
-            params[part] = network.init(0)
-        else:
-            tensors = {name: t.numpy() for name, t in modules[part].state_dict().items()}
-            params[part] = rules.to_jax(network.shapes, tensors)
+    model = common.jax_model(size, "float32", in_channels=8)
+    params = common.jax_weights(model, modules)
     if jax.default_backend() == "cpu":
         common.put(params, "float32")  # where the pipeline can use it: no third copy
     index = {"_class_name": "MarigoldDepthPipeline", "prediction_type": "depth"}
-    found = recognise("marigold", index, configs["unet"], SCHEDULER)
+    found = recognise("marigold", index, model.unet.config, SCHEDULER)
     description = Description(
-        components=configs,
+        components=common.configs(size, in_channels=8),
         scheduler=SCHEDULER,
         model_index=index,
         recipe=found.recipe,
@@ -187,7 +130,9 @@ def torch_pipeline(args: argparse.Namespace, modules: dict[str, Any]) -> Any:
         tokenizer=None,
         prediction_type="depth",
     )
-    pipe.empty_text_embedding = torch.from_numpy(prompt(args.size)).to(device)
+    pipe.empty_text_embedding = torch.from_numpy(
+        common.prompt(common.jax_model(args.size, "float32"))
+    ).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -198,7 +143,7 @@ def torch_pipeline(args: argparse.Namespace, modules: dict[str, Any]) -> Any:
 def make_inputs(args: argparse.Namespace, resolution: int) -> dict[str, np.ndarray]:
     """A random image, `rgb` uint8 [1, H, W, 3], and `noise` float32 [members, h, w, 4]."""
     rng = np.random.default_rng(2)
-    downscale = VAEConfig.from_dict(networks(args.size)["vae"]).downsampling
+    downscale = common.configs(args.size)["vae"].downsampling
     cells = (args.ensemble, resolution // downscale, resolution // downscale, 4)
     return {
         "rgb": rng.integers(0, 256, (1, resolution, resolution, 3)).astype(np.uint8),
@@ -259,7 +204,7 @@ def measure_memory(args: argparse.Namespace) -> None:
     """The child process: print the peak of each case as JSON."""
     inputs = make_inputs(args, args.resolution[0])
     if args.memory_of == "torch":
-        pipe, make = torch_pipeline(args, torch_modules(args.size)), torch_call
+        pipe, make = torch_pipeline(args, common.torch_model(args.size, in_channels=8)), torch_call
     else:
         pipe, make = jax_pipeline(args.size), jax_call
     peaks = {
@@ -304,7 +249,7 @@ def main() -> None:
         for resolution in args.resolution:
             memory[resolution] = {name: common.in_child(name, resolution) for name in FRAMEWORKS}
 
-    modules = torch_modules(args.size)
+    modules = common.torch_model(args.size, in_channels=8)
     count = sum(p.numel() for m in modules.values() for p in m.parameters()) / 1e6
     ours = jax_pipeline(args.size, modules)
     theirs = torch_pipeline(args, modules)

@@ -31,6 +31,7 @@ from jaxpercept.tasks.depth import DEPTH
 from jaxpercept.training import sharding
 from jaxpercept.training.clock import PEAK
 from jaxpercept.training.dry_run import dry_run, sent_by_axis
+from jaxpercept.training.flops import count_flops
 from jaxpercept.training.optim import make_optimizer
 from jaxpercept.training.step import init_state, make_train_step
 
@@ -99,7 +100,7 @@ def simulated() -> list[dict[str, str]]:
 def sd21_step(height: int, width: int) -> tuple[float, int, int]:
     """SD 2.1's training step on one image: its operations, bytes of trained and frozen weights.
 
-    As XLA counts the traced program: a multiplication and an addition are two operations.
+    Counted in the traced program (jaxpercept/training/flops.py).
     """
     model = common.jax_model("sd21", "bfloat16")
     weights = tuple(DEPTH.default_weights.items())
@@ -127,7 +128,7 @@ def sd21_step(height: int, width: int) -> tuple[float, int, int]:
         "depth_range": jax.ShapeDtypeStruct((1, 2), jnp.float32),
         "index": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
-    flops = step.lower(state, frozen, image).cost_analysis()["flops"]
+    flops = count_flops(step.trace(state, frozen, image).jaxpr)
     sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) for t in (trained, frozen)]
     return flops, *sizes
 

@@ -1,19 +1,23 @@
-"""One GenPercept depth training step: jaxpercept against torch diffusers, same weights and batch.
+"""One depth training step: jaxpercept against torch diffusers, same weights and batch.
 
     python benchmarks/train_step.py                     # 55 M parameters, SD's VAE, 256 px
+    python benchmarks/train_step.py --method denoising --batch 4
     python benchmarks/train_step.py --size tiny --resolution 64 --batch 2
 
-Trained is the UNet, with Adam; the VAE is frozen, and the pixel losses' gradient goes through its
-decoder. Losses: latent MSE, and in pixels MSE, 0.5 x scale-and-shift-invariant, 2 x gradient.
-jaxpercept's side is the step of its trainer; torch's is written here. Wants the extra `torch`.
+Trained is the UNet, with Adam; the VAE is frozen. Methods: `one_step`, GenPercept's, whose losses
+are the latent MSE and, in pixels, MSE, 0.5 x scale-and-shift-invariant, 2 x gradient, through the
+decoder; `latent`, the same without those in pixels; `denoising`, Marigold's with Gaussian noise,
+which each framework draws for itself. jaxpercept's side is the step of its trainer; torch's is
+written here. A second table has what this machine needs at least (floors.py). Wants the extra
+`torch`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +25,12 @@ import common
 import jax
 import numpy as np
 from common import FRAMEWORKS
+from floors import Peaks, Program, compile_program, floor_row
 
 from jaxpercept.config import base_config
+from jaxpercept.diffusion.sampler import Solver
 from jaxpercept.diffusion.timesteps import TimestepPolicy
+from jaxpercept.methods.denoising import Denoising
 from jaxpercept.methods.one_step import OneStep
 from jaxpercept.tasks.depth import DEPTH
 from jaxpercept.training import sharding
@@ -33,8 +40,20 @@ from jaxpercept.training.step import init_state, make_train_step
 TIMESTEP = 1
 LEARNING_RATE = 3e-5
 PIXEL_WEIGHTS = DEPTH.default_weights
+METHODS = ("one_step", "latent", "denoising")
+SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+}
 Batch = dict[str, np.ndarray]
 Step = Callable[[], dict[str, float]]
+
+
+def changes(args: argparse.Namespace) -> dict[str, int]:
+    """Of the UNet's config: to denoise it sees the image beside the noisy target."""
+    return {"in_channels": 8} if args.method == "denoising" else {}
 
 
 def make_batch(args: argparse.Namespace) -> Batch:
@@ -58,16 +77,20 @@ def make_batch(args: argparse.Namespace) -> Batch:
 # ---- jaxpercept ----------------------------------------------------------------------------------
 
 
-def jax_step(args: argparse.Namespace, params: Any, host_batch: Batch) -> Step:
+def jax_step(args: argparse.Namespace, params: Any, host_batch: Batch) -> Program:
     """The trainer's own step, compiled; each call takes it once and returns its metrics."""
-    model = common.jax_model(args.size, args.dtype, args.remat)
-    weights = tuple(PIXEL_WEIGHTS.items())
-    policy = TimestepPolicy.constant(TIMESTEP)
-    method = OneStep(model, DEPTH, policy, latent_weight=1.0, pixel_weights=weights)
+    model = common.jax_model(args.size, args.dtype, args.remat, **changes(args))
+    if args.method == "denoising":
+        solver, policy = Solver.from_config(SCHEDULER), TimestepPolicy.parse("uniform")
+        method: Any = Denoising(model, DEPTH, solver, policy, args.batch, noise="gaussian")
+    else:
+        weights = tuple(PIXEL_WEIGHTS.items()) if args.method == "one_step" else ()
+        policy = TimestepPolicy.constant(TIMESTEP)
+        method = OneStep(model, DEPTH, policy, latent_weight=1.0, pixel_weights=weights)
     return step_of(method, params, host_batch, args.dtype)
 
 
-def step_of(method: Any, params: Any, host_batch: Batch, dtype: str) -> Step:
+def step_of(method: Any, params: Any, host_batch: Batch, dtype: str) -> Program:
     """The trainer's step of a method on one device; frozen weights are kept in `dtype`."""
     config = base_config().optimizer
     config.update({"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0})
@@ -84,28 +107,31 @@ def step_of(method: Any, params: Any, host_batch: Batch, dtype: str) -> Step:
     step = make_train_step(
         method.loss, optimizer, mesh=mesh, state_sharding=shardings, schedule=schedule, seed=0
     )
-    began = time.perf_counter()
-    compiled = step.lower(state, frozen, batch).compile()
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    program = compile_program(step, state, frozen, batch)
+    print(f"compiled in {program.compile_seconds:.1f} s", flush=True)
     del trained
 
     def call() -> dict[str, float]:
         nonlocal state
-        state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
+        state, metrics = jax.block_until_ready(program.executable(state, frozen, batch))
         return {name: float(value) for name, value in metrics.items()}
 
-    return call
+    program.run = call
+    return program
 
 
 # ---- torch ---------------------------------------------------------------------------------------
 
 
-def torch_step(args: argparse.Namespace, modules: dict[str, Any], host_batch: Batch) -> Step:
-    """The same step with diffusers' modules and torch.optim.Adam, eager unless --compile.
+def torch_step(
+    args: argparse.Namespace, modules: dict[str, Any], host_batch: Batch, compiled: bool = False
+) -> Step:
+    """The same step with diffusers' modules and torch.optim.Adam.
 
     Its metrics are the loss and its terms; unlike jaxpercept's it does without the gradient's norm.
     """
     import torch
+    from diffusers import DDIMScheduler
 
     device, dtype = common.torch_device(args.device), getattr(torch, args.dtype)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -113,7 +139,7 @@ def torch_step(args: argparse.Namespace, modules: dict[str, Any], host_batch: Ba
     vae = modules["vae"].to(device, dtype, memory_format=layout).requires_grad_(False)
     scale, factor = vae.config.scaling_factor, 2 ** (len(vae.config.block_out_channels) - 1)
     encoder, decoder, forward = vae.encode, vae.decode, unet.forward
-    if args.compile:
+    if compiled:
         encoder, decoder, forward = map(torch.compile, (encoder, decoder, forward))
     optimizer = torch.optim.Adam(unet.parameters(), lr=LEARNING_RATE, eps=1e-8)
     batch = {k: torch.from_numpy(x).to(device) for k, x in host_batch.items()}
@@ -130,18 +156,29 @@ def torch_step(args: argparse.Namespace, modules: dict[str, Any], host_batch: Ba
             x = x.to(dtype).contiguous(memory_format=layout)
             return encoder(x).latent_dist.mode().float() * scale
 
+    noising = DDIMScheduler.from_config(SCHEDULER)
+
     def losses() -> dict[str, Any]:
         rgb = batch["rgb"].float() / 127.5 - 1
         near, far = batch["depth_range"].T[:, :, None, None, None]
         target = ((batch["depth"] - near) / (far - near) * 2 - 1).clamp(-1, 1)
         mask = batch["valid"]
+        cells = -torch.nn.functional.max_pool2d(-mask.float(), factor) > 0
         with precision():
             rgb_latent = encode(rgb)
-            latent = -forward(rgb_latent, TIMESTEP, context).sample.float()
             target_latent = encode(target.expand(-1, 3, -1, -1))
+            if args.method == "denoising":
+                noise = torch.randn_like(target_latent)
+                t = torch.randint(0, 1000, (args.batch,), device=device)
+                noisy = noising.add_noise(target_latent, noise, t)
+                predicted = forward(torch.cat([rgb_latent, noisy], 1), t, context).sample.float()
+                wanted = noising.get_velocity(target_latent, noise, t)
+                return {"latent_mse": _mean((predicted - wanted) ** 2, cells)}
+            latent = -forward(rgb_latent, TIMESTEP, context).sample.float()
+            terms = {"latent_mse": _mean((latent - target_latent) ** 2, cells)}
+            if args.method == "latent":
+                return terms
             decoded = decoder((latent / scale).to(dtype)).sample.float()
-        cells = -torch.nn.functional.max_pool2d(-mask.float(), factor) > 0
-        terms = {"latent_mse": _mean((latent - target_latent) ** 2, cells)}
         pixel = torch_pixel_losses(decoded.mean(1, keepdim=True), target, mask)
         return terms | {name: weight * pixel[name] for name, weight in PIXEL_WEIGHTS.items()}
 
@@ -197,15 +234,16 @@ def measure_memory(args: argparse.Namespace) -> None:
     """The child process: print the peak of a step as JSON, Adam's moments included."""
     batch = make_batch(args)
     if args.memory_of == "torch":
-        step = torch_step(args, common.torch_model(args.size), batch)
+        step = torch_step(args, common.torch_model(args.size, **changes(args)), batch)
     else:
-        params = common.jax_weights(common.jax_model(args.size, args.dtype))
+        params = common.jax_weights(common.jax_model(args.size, args.dtype, **changes(args)))
         step = jax_step(args, params, batch)
     print(json.dumps({"step": common.peak_memory(step, args.memory_of, args.device)}))
 
 
 def main() -> None:
     p = common.parser(__doc__.split("\n\n")[0], ("50m", "tiny", "sd21", "sd15"))
+    p.add_argument("--method", choices=METHODS, default=METHODS[0], help="what is trained")
     p.add_argument("--remat", choices=("none", "block"), default="none", help="jaxpercept's")
     p.set_defaults(resolution=[256])
     args = p.parse_args()
@@ -219,28 +257,33 @@ def main() -> None:
     memory = {}
     if not args.no_memory:
         memory = {name: common.in_child(name, args.resolution[0]) for name in FRAMEWORKS}
+    peaks = Peaks.measured(args.dtype)
     batch = make_batch(args)
-    modules = common.torch_model(args.size)
-    model = common.jax_model(args.size, args.dtype)
-    calls = {
-        "jaxpercept": jax_step(args, common.jax_weights(model, modules), batch),
-        "torch.compile" if args.compile else "torch": torch_step(args, modules, batch),
-    }
+    modules = common.torch_model(args.size, **changes(args))
+    model = common.jax_model(args.size, args.dtype, **changes(args))
+    program = jax_step(args, common.jax_weights(model, modules), batch)
+    calls = {"jaxpercept": program}
+    if args.compile:
+        calls["torch.compile"] = torch_step(args, copy.deepcopy(modules), batch, compiled=True)
+    calls["torch"] = torch_step(args, modules, batch)
     first = {name: call() for name, call in calls.items()}
     times = common.interleave(calls, args.repeats)
     last = {name: call() for name, call in calls.items()}
 
     trained = sum(p.numel() for p in modules["unet"].parameters()) / 1e6
     side = args.resolution[0]
-    print(f"\n{args.size} ({trained:.0f} M trained), {args.batch} x {side} px, {args.dtype}")
+    print(f"\n{args.method}, {args.size} ({trained:.0f} M trained), ", end="")
+    print(f"{args.batch} x {side} px, {args.dtype}")
     common.print_table([common.times_row("step", times)])
+    print(f"What is needed at least: {peaks}")
+    common.print_table([floor_row("step", program, times["jaxpercept"], peaks, args.batch)])
     if memory:
         print("Memory at most (of it, added by the step)")
         common.print_table(common.memory_rows(memory))
     print(f"Losses of the first step and of step {args.repeats + 3}")
     rows = []
     for label, metrics in (("first", first), ("last", last)):
-        ours, theirs = metrics.values()
+        ours, theirs = (metrics[name] for name in FRAMEWORKS)
         for term, value in theirs.items():
             name = f"{label}, {term}"
             rows.append({"": name, "jaxpercept": f"{ours[term]:.7f}", "torch": f"{value:.7f}"})

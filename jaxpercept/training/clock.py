@@ -12,6 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from jaxpercept.training.communication import sent_by_kind
+from jaxpercept.training.flops import count_flops
 
 # Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
 PEAK = {
@@ -26,17 +27,16 @@ PEAK = {
 }
 
 
-def compile_step(step_fn: Any, state: Any, frozen: Any, batch: Any, mesh: Mesh, accumulate: int):
+def compile_step(step_fn: Any, state: Any, frozen: Any, batch: Any, mesh: Mesh):
     """Compile the step once, ahead of time, and say what it costs.
 
     Returns:
         The compiled step, and the facts for `run.json`: FLOP and bytes are per device and step.
     """
     began = time.perf_counter()
-    compiled = step_fn.lower(state, frozen, batch).compile()
+    traced = step_fn.trace(state, frozen, batch)
+    compiled = traced.lower().compile()
     seconds = time.perf_counter() - began
-    # XLA counts the body of the loop over micro-batches once.
-    flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * accumulate
     memory = compiled.memory_analysis()
     trained = sum(x.size for x in jax.tree.leaves(state["params"]))
     sent = sent_by_kind(compiled.as_text(), mesh.size) if mesh.size > 1 else {}
@@ -46,7 +46,7 @@ def compile_step(step_fn: Any, state: Any, frozen: Any, batch: Any, mesh: Mesh, 
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
         "compile_seconds": seconds,
-        "flops": flops,
+        "flops": count_flops(traced.jaxpr) / mesh.size,
         "temporary_bytes": getattr(memory, "temp_size_in_bytes", 0),
         "argument_bytes": getattr(memory, "argument_size_in_bytes", 0),
         "sent_bytes": sent,

@@ -47,7 +47,7 @@ def dry_run(config: Any, *, mesh: Mesh | None = None) -> dict[str, Any]:
     frozen = _placed(frozen, sharding.tree_shardings(frozen, mesh))
     step_fn = make_step(config, setup, optimizer, schedule, mesh, shardings)
     placed = _batch(batch, mesh, config.accumulate)
-    _, facts = compile_step(step_fn, state, frozen, placed, mesh, config.accumulate)
+    _, facts = compile_step(step_fn, state, frozen, placed, mesh)
     held = {
         "trained weights": held_bytes(state["params"]),
         "optimizer": held_bytes(state["opt_state"]),

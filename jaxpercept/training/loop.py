@@ -206,9 +206,7 @@ class _Loop:
         batch = next(self.iterator)
         _describe_batch(batch)
         index, batch = batch["index"], self._put(batch)
-        step_fn, facts = compile_step(
-            self.step_fn, state, frozen, batch, self.mesh, self.config.accumulate
-        )
+        step_fn, facts = compile_step(self.step_fn, state, frozen, batch, self.mesh)
         record.facts(facts)
         self.trace = trace
         self.clock = Clock(self.config.batch_size, facts["flops"])

@@ -13,7 +13,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,15 @@ from jaxpercept.training.flops import count_flops
 REPEATS = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Peaks:
+class Peaks(NamedTuple):
     """Operations and bytes a second."""
 
     flops: float
     bandwidth: float
 
     @classmethod
-    def measured(cls, dtype: str) -> Peaks:
-        """The best of several tries, on an idle machine."""
+    def measured(cls, dtype: str, before: Peaks | None = None) -> Peaks:
+        """The best of several tries, those of an earlier measurement among them."""
         rate = max(probe_matmul(dtype)["tflops"] for _ in range(REPEATS))
         array = jnp.zeros(2**27 if jax.default_backend() == "gpu" else 2**25, jnp.float32)
         add = jax.jit(lambda x: x + 1, donate_argnums=0)  # new pages would take time of their own
@@ -42,7 +41,10 @@ class Peaks:
             began = time.perf_counter()
             array = jax.block_until_ready(add(array))
             seconds.append(time.perf_counter() - began)
-        return cls(1e12 * rate, 2 * array.nbytes / min(seconds))
+        found = cls(1e12 * rate, 2 * array.nbytes / min(seconds))
+        if before is None:
+            return found
+        return cls(*(max(pair) for pair in zip(found, before, strict=True)))
 
     def __str__(self) -> str:
         return f"peak {self.flops / 1e12:.3g} TFLOP/s, {self.bandwidth / 1e9:.3g} GB/s"

@@ -178,7 +178,7 @@ def main() -> None:
         }
         if args.compile:
             calls["torch.compile"] = torch_parts(args, modules, inputs, compile_modules=True)
-        rows, floors, figures = [], [], {}
+        rows, figures = [], {}
         for part in PARTS:
             ours, theirs = (common.to_numpy(calls[name][part]()) for name in FRAMEWORKS)
             difference = float(np.abs(ours - theirs).max())
@@ -186,15 +186,19 @@ def main() -> None:
             row = common.times_row(part, times)
             row["max abs difference"] = f"{difference:.1e} of {np.abs(theirs).max():.1f}"
             rows.append(row)
-            program = calls["jaxpercept"][part]
-            floors.append(floor_row(part, program, times["jaxpercept"], peaks, args.batch))
             figures[part] = {"seconds": times, "max_abs_difference": difference}
         print(
             f"\n{args.size}, {args.batch} x {resolution} px, {args.dtype}: least / median seconds"
         )
         common.print_table(rows)
+        peaks = Peaks.measured(args.dtype, before=peaks)
         print(f"What is needed at least: {peaks}")
-        common.print_table(floors)
+        common.print_table(
+            [
+                floor_row(part, program, figures[part]["seconds"]["jaxpercept"], peaks, args.batch)
+                for part, program in calls["jaxpercept"].items()
+            ]
+        )
         if memory:
             print("Memory at most (of it, added by the call)")
             common.print_table(common.memory_rows(memory[resolution]))

@@ -275,6 +275,7 @@ def main() -> None:
     print(f"\n{args.method}, {args.size} ({trained:.0f} M trained), ", end="")
     print(f"{args.batch} x {side} px, {args.dtype}")
     common.print_table([common.times_row("step", times)])
+    peaks = Peaks.measured(args.dtype, before=peaks)
     print(f"What is needed at least: {peaks}")
     common.print_table([floor_row("step", program, times["jaxpercept"], peaks, args.batch)])
     if memory:

@@ -47,7 +47,10 @@ def test_workers_are_replaced(rng, caplog, number):
     seed = int(rng.integers(1000))
     found = batches(2, seed, timeout=20.0 if number == signal.SIGSTOP else 0.0)
     expected = batches(0, seed)
+    assert found.worker_memory() == 0
     assert_same_batches(found, expected, 2)
+    assert 2e7 < found.worker_memory() < 4e9
+    assert expected.worker_memory() == 0
     os.kill(multiprocessing.active_children()[0].pid, number)
     with caplog.at_level(logging.WARNING):
         assert_same_batches(found, expected, 12)
@@ -57,6 +60,7 @@ def test_workers_are_replaced(rng, caplog, number):
     found.close()
     expected.close()
     assert not multiprocessing.active_children()
+    assert found.worker_memory() == 0
 
 
 def test_workers_that_go_on_failing_end_the_run_with_a_sentence(rng, monkeypatch):

@@ -244,6 +244,11 @@ class TrainIterator(grain.DatasetIterator):
             )
             self._batches.start_prefetch()
 
+    def worker_memory(self) -> int:
+        """Bytes that the worker processes have in memory: their libraries, and some batches each,
+        however long they run. 0 without workers, or where the system does not say."""
+        return self._watchdog.memory() if self._batches is not None else 0
+
     def get_state(self) -> dict[str, int]:
         """{"next_example": position in the global stream}; the same on every process."""
         return {"next_example": self._next_batch * self._dataset.batch_size}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import mmap
 import multiprocessing
+import multiprocessing.process
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _LOOKS = 4  # in the time that is waited
 
@@ -50,6 +53,10 @@ class Watchdog:
         finally:
             self._deadline = math.inf
 
+    def memory(self) -> int:
+        """Bytes that all workers have in memory, 0 where the system does not say."""
+        return sum(_resident(child.pid) for child in self._workers())
+
     def close(self) -> None:
         """Stop watching."""
         self._end.set()
@@ -58,7 +65,17 @@ class Watchdog:
         while not self._end.wait(min(1.0, self.seconds / _LOOKS)):
             if time.monotonic() > self._deadline:
                 self._barked = True
-                for child in multiprocessing.active_children():
-                    if child.pid not in self._others:
-                        child.kill()
+                for child in self._workers():
+                    child.kill()
                 return
+
+    def _workers(self) -> list[multiprocessing.process.BaseProcess]:
+        return [c for c in multiprocessing.active_children() if c.pid not in self._others]
+
+
+def _resident(pid: int) -> int:
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    except OSError:  # another system, or a process that has just ended
+        return 0
+    return int(pages) * mmap.PAGESIZE

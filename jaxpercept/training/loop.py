@@ -335,6 +335,8 @@ class _Loop:
             logging.warning(_KEEP_UP, 100 * values["input_wait"])
         if skipped := sum(self.iterator.skipped.values()):
             values["skipped_examples"] = skipped
+        if held := self.iterator.worker_memory():
+            values["worker_megabytes"] = held / 1e6
         if self.recovery.skipped:
             values["skipped_steps"] = self.recovery.skipped
         summary = (

@@ -44,8 +44,13 @@ def test_its_gradient_is_twice_as_much_again(stride):
     """Of a dilated image the zeros do not count, but for those at the edge."""
     shapes = (2, 65, 65, 8), (3, 3, 8, 16)
     forward = flops(lambda x, k: convolution(x, k, stride), *shapes)
-    both = jax.value_and_grad(lambda x, k: convolution(x, k, stride).sum(), argnums=(0, 1))
-    assert flops(both, *shapes) == pytest.approx(3 * forward, rel=0.1)
+    loss = lambda x, k: (convolution(x, k, stride) ** 2).sum()  # noqa: E731
+    both = flops(jax.value_and_grad(loss, argnums=(0, 1)), *shapes)
+    assert both == pytest.approx(3 * forward, rel=0.1)
+    # Without a use there is nothing to compute: of one argument's gradient, and of the loss.
+    assert flops(jax.grad(loss), *shapes) == pytest.approx(2 * forward, rel=0.1)
+    linear = jax.grad(lambda x, k: convolution(x, k, stride).sum())
+    assert flops(linear, *shapes) == pytest.approx(forward, rel=0.1)
 
 
 def test_loops_branches_and_what_is_computed_again():
@@ -65,6 +70,19 @@ def test_loops_branches_and_what_is_computed_again():
     assert flops(nested, square) == 8 * one
     twice = lambda f: flops(jax.grad(lambda x: jnp.sin(f(jnp.sin(x) @ x)).sum()), square)  # noqa: E731
     assert twice(jax.checkpoint(lambda x: jnp.sin(x @ x))) > twice(lambda x: jnp.sin(x @ x))
+
+
+def test_the_gradient_of_a_frozen_weight_is_not_counted():
+    """That a custom gradient computes, too."""
+
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+    for f in (product, jax.jit(product)):
+        gradient = jax.value_and_grad(lambda x, w, f=f: (f(x, w) ** 2).sum())
+        assert flops(gradient, (4, 5), (5, 6)) == 2 * (2 * 4 * 5 * 6)
 
 
 def test_attention_in_blocks_is_counted_whole():

@@ -17,6 +17,7 @@ ones: on two CPU cores 4 to 5 minutes, AbsRel 0.074 (best constant: 0.348). Pres
                     timesteps.
 `depth.py:addp`     the same with ADDP's timesteps and augmentation (arXiv 2504.11457).
 `depth.py:fast`     a small decoder for the model of the first command, taught by its autoencoder.
+                    On two CPU cores 7 minutes: AbsRel 0.077 in 0.52 to 0.63 of the time to predict.
 `depth.py:marigold` ADDP's recipe on Stable Diffusion 2 with Hypersim and
                     Virtual KITTI 2; flags as for sd21. Not run by us.
 `depth.py:sd21`     the paper's recipe on Stable Diffusion 2.1 with Hypersim and Virtual KITTI 2:

@@ -93,16 +93,39 @@ def sample(name, rng, invalid=0.3):
     return *map(jnp.asarray, (pred.astype(np.float32), target, mask)), keys
 
 
-def assert_equals_torch(loss, reference, pred, *arguments, rtol=1e-5):
-    """Value and gradient in pred, against `reference(pred, *arguments)` of float64 tensors."""
-    value, gradient = jax.jit(jax.value_and_grad(loss))(*map(jnp.asarray, (pred, *arguments)))
+def in_torch(reference, pred, *arguments):
+    """Value and gradient in pred of `reference`, in float64."""
     p = torch.from_numpy(np.asarray(pred)).double().requires_grad_()
     rest = [torch.from_numpy(np.asarray(x)) for x in arguments]
     rest = [x.double() if x.is_floating_point() else x for x in rest]
     expected = reference(p, *rest)
     expected.backward()
-    expected_gradient = p.grad.numpy()
-    np.testing.assert_allclose(value, expected.item(), rtol=rtol)
+    return expected.item(), p.grad.numpy()
+
+
+def assert_equals_torch(loss, reference, pred, *arguments, rtol=1e-5, atol=0.0):
+    """Value and gradient in pred, against `reference(pred, *arguments)` of float64 tensors.
+
+    Args:
+      atol: of the value, for losses whose terms differ in sign and may add up to almost nothing.
+    """
+    value, gradient = jax.jit(jax.value_and_grad(loss))(*map(jnp.asarray, (pred, *arguments)))
+    expected, expected_gradient = in_torch(reference, pred, *arguments)
+    np.testing.assert_allclose(value, expected, rtol=rtol, atol=atol)
     scale = np.abs(expected_gradient).max()
     assert scale > 0
     np.testing.assert_allclose(gradient, expected_gradient, rtol=rtol, atol=rtol * scale)
+
+
+def is_steady(rng, reference, pred, *arguments, rtol=1e-5):
+    """Whether a millionth more or less leaves the gradient, as it does away from a threshold."""
+    _, gradient = in_torch(reference, pred, *arguments)
+    for _ in range(4):
+        moved = [
+            x * (1 + 1e-6 * rng.choice([-1.0, 1.0], x.shape)) if x.dtype == np.float32 else x
+            for x in (pred, *arguments)
+        ]
+        change = np.abs(in_torch(reference, *moved)[1] - gradient).max()
+        if change > rtol * np.abs(gradient).max():
+            return False
+    return True

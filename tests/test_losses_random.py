@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import assert_equals_torch
+from loss_cases import assert_equals_torch, is_steady
 
 from jaxpercept import losses
 from jaxpercept.losses.hierarchical import _depth_ranges, _windows
@@ -176,11 +176,11 @@ def well_shaped(points, min_distance):
 
 @pytest.mark.parametrize(("with_focal", "invalid"), [(False, 0.3), (True, 0.3), (True, 0.9)])
 def test_vnl_equals_torch(rng, with_focal, invalid):
-    """With 10 % of the pixels valid there are fewer of them than triangles."""
-    pred, target, mask = sample(rng, invalid=invalid)
-    target[0, :4] *= -1  # A depth that is not positive makes no triangle.
-    keys = draw_keys(rng)
-    corners = np.array(triangles(jnp.asarray(mask), keys, int(14 * 15 * 0.2)))
+    """With 10 % of the pixels valid there are fewer of them than triangles.
+
+    Where a triangle is about to count, or has almost no area, float32 and float64 may differ: such
+    inputs are drawn anew.
+    """
     focal = np.array([9, 13, 20], np.float32) if with_focal else np.full(3, 15 * np.sqrt(0.75))
 
     def reference(p, g, m):
@@ -197,6 +197,13 @@ def test_vnl_equals_torch(rng, with_focal, invalid):
     def loss(p, g, m):
         return losses.vnl(p, g, m, keys, jnp.asarray(focal) if with_focal else None)
 
+    for _ in range(100):
+        pred, target, mask = sample(rng, invalid=invalid)
+        target[0, :4] *= -1  # A depth that is not positive makes no triangle.
+        keys = draw_keys(rng)
+        corners = np.array(triangles(jnp.asarray(mask), keys, int(14 * 15 * 0.2)))
+        if is_steady(rng, reference, pred, target, mask):
+            break
     assert_equals_torch(loss, reference, pred, target, mask)
 
 

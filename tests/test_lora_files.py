@@ -174,7 +174,7 @@ def test_a_pipeline_reads_it_without_a_word(rng, tmp_path, capfd):
         want = pipeline.unet(
             to_torch(args[0]), torch.tensor([17]), torch.from_numpy(args[2])
         ).sample
-    assert max_abs(got, want) <= 1e-5 * max(1, want.abs().max())
+    assert max_abs(got, want) <= 1e-4 * max(1, want.abs().max())
     assert list(pipeline.unet.peft_config) == ["default_0"]
 
 
